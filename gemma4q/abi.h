@@ -59,11 +59,14 @@ typedef enum {
     OP_MATMUL,      /* out = in . weight' */
     OP_STORE_KV,    /* keys and values into the pages of kv_layer */
     OP_ATTEND,      /* out = softmax(q . K) . V over what the row may see */
-    OP_ROUTE,       /* out (I32) = the `used` best experts of each row, their weights, and rows grouped by expert */
+    OP_ROUTE,       /* out (I32) = the `used` best experts of each row, ascending, then their weights (F32) */
+    OP_GROUP,       /* out (FIXED I32) = groups n, n x {expert, first pair}, end; pairs (row * used + slot) by expert */
     OP_EXPERTS_UP,  /* out = in . gate_up' of each chosen expert: [used, 2 ffn] a row */
     OP_EXPERTS_GELU,/* out = gelu(gate) * up: [used, ffn] a row */
     OP_EXPERTS_DOWN,/* out = sum over chosen experts, ascending, of weight * (in . down') */
     OP_SOFTCAP,     /* out = tanh(in / scale) * scale */
+    OP_TOP_PART,    /* out = of each stretch of logits: maximum, sum of exponentials, the `used` best after biases and mask */
+    OP_TOP,         /* the result's top_ids, top_values and logsumexp from the stretches of in */
     OP_COUNT
 } op_code;
 
@@ -82,7 +85,7 @@ typedef struct {                /* 128 bytes */
     int32_t window;             /* attend: positions a row sees, itself included; 0: all */
     int32_t pairs;              /* rope: pairs that turn; attend, store_kv: the rotated pairs kept apart when keys come from values */
     int32_t from_values;        /* store_kv, attend: keys are values times weight[0], but for the rotated pairs */
-    int32_t part;               /* gelu_mul: which slice of b */
+    int32_t part;               /* gelu_mul: which slice of b; embed_rows: the first column taken */
     int32_t experts, used;
     float   eps, scale, base;
     int32_t reserved[4];

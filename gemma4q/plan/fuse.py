@@ -1,0 +1,25 @@
+"""Rewrites plan -> plan, one function each; each leaves the numbers as they are, up to what its docstring says."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..abi import BufferType, OpCode, TensorType
+from .plan import Buffer, Op, Plan
+
+FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
+MATRICES = (OpCode.MATMUL, OpCode.EXPERTS_UP, OpCode.EXPERTS_DOWN)
+
+
+def quantize_inputs(plan: Plan, types: Mapping[str, TensorType]) -> Plan:
+    """Rows that meet a quantised matrix become int8 with one scale per 32 values, once for all the matrices they meet."""
+    quantized: dict[Buffer, Buffer] = {}
+    ops: list[Op] = []
+    for op in plan.ops:
+        if op.code in MATRICES and types[op.weights[0].tensor] not in FLOATS:
+            x = op.inputs[0]
+            if x not in quantized:
+                quantized[x] = Buffer(f"{x.name}.a8", x.width, x.space, BufferType.A8)
+                ops.append(Op(OpCode.QUANTIZE, quantized[x], (x,), (), op.layer))
+            op = replace(op, inputs=(quantized[x], *op.inputs[1:]))
+        ops.append(op)
+    return replace(plan, ops=tuple(ops))
