@@ -192,18 +192,17 @@ class _Part:
     def number_at(self, layout: str, what: str) -> int:
         return struct.unpack_from(layout, self.view, self.take(struct.calcsize(layout), what))[0]
 
-    def string(self, what: str, longest: int, kind: str = "bad_string") -> bytes:
+    def string(self, what: str, longest: int) -> bytes:
         length = self.number_at("<Q", what)
-        if length > longest or length > self.size - self.position:
-            raise Gemma4qError(
-                kind, f"{what} claims {length} bytes where {self.size - self.position} follow: cut short or damaged"
-            )
+        left = self.size - self.position
+        if length > longest or length > left:
+            raise Gemma4qError("bad_string", f"{what} claims {length} bytes; {left} follow: cut short or damaged")
         start = self.take(length, what)
         return bytes(self.view[start : start + length])
 
     def key_value(self) -> None:
         at = self.position
-        raw = self.string(f"key {len(self.types)} at byte {at}", self.size)
+        raw = self.string(f"key {len(self.types)} at byte {at}", LONGEST_STRING)
         if len(raw) > LONGEST_KEY or not _KEY.fullmatch(raw):
             raise Gemma4qError("bad_key", f"key {len(self.types)} at byte {at} is not ASCII text: {raw[:40]!r}")
         key = raw.decode("ascii")
@@ -268,7 +267,7 @@ class _Part:
     def tensor_info(self, alignment: int) -> tuple[str, int, tuple[int, ...], int, int]:
         """(name, type, shape, offset in the data, bytes) of the next tensor."""
         what = f"tensor {len(self.tensors)} at byte {self.position}"
-        raw = self.string(what, self.size)
+        raw = self.string(what, LONGEST_STRING)
         if not _TENSOR_NAME.fullmatch(raw):
             raise Gemma4qError("bad_tensor_name", f"{what} is called {raw[:70]!r}: 1 to 63 letters, digits, . _ -")
         name = raw.decode("ascii")

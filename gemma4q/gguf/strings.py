@@ -20,7 +20,7 @@ _STRIDE = 4096  # strings walked one by one where the search failed, so that no 
 
 @dataclass(frozen=True)
 class StringArray:
-    """Strings of a mapped file: `strings[i]` is bytes; for C and numpy there is `data`, and where each string lies in it.
+    """Strings of a mapped file: `strings[i]` is bytes; for C and numpy there is `data`, and where strings lie in it.
 
     `data` is uint8 [bytes]; string i is `data[starts[i] : starts[i] + lengths[i]]`. `offsets`, int64 [strings + 1], is
     where each record (8 bytes of length, then the string) begins, and where the last one ends.

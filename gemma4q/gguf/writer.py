@@ -1,7 +1,7 @@
 """Writes GGUF files, tensor by tensor, so that a model of many gigabytes needs little memory.
 
-The inverse of the reader: `write_gguf(path, g.metadata, tensors, g.types)` copies a file's metadata unchanged. Tensors are
-laid out in the given order without holes. The file appears under its name only when it is complete.
+The inverse of the reader: `write_gguf(path, g.metadata, tensors, g.types)` copies a file's metadata unchanged. Tensors
+are laid out in the given order without holes. The file appears under its name only when it is complete.
 """
 
 import math
@@ -84,7 +84,7 @@ def write_gguf(
 
 
 def natural_type(value: Value | Sequence[str | bytes]) -> Types:
-    """The type a value is written as when nobody says otherwise: an int as U32, a float as F32, an array as its dtype."""
+    """The type a value is written as unless told otherwise: an int as U32, a float as F32, an array as its dtype."""
     if isinstance(value, np.ndarray):
         return ValueType.ARRAY, next(t for t, dtype in SCALARS.items() if dtype == value.dtype)
     for kind, value_type in ((bool, ValueType.BOOL), (int, ValueType.U32), (float, ValueType.F32)):
