@@ -211,3 +211,27 @@ int32_t dequantize_row(int32_t isa, int32_t type, const uint8_t *x, float *y, in
 double read_bandwidth(pool *, const uint8_t *data, int64_t bytes);     /* bytes a second */
 
 /* -- Tokenizer ----------------------------------------------------------------------------------------- */
+
+typedef struct tokenizer tokenizer;
+
+typedef struct {                            /* strings of a file; every one is checked to lie in data */
+    const uint8_t *data;
+    int64_t        data_bytes;
+    const int64_t *starts, *lengths;        /* [count] */
+    int64_t        count;
+} string_array;
+
+typedef enum {
+    VOCABULARY_OK, VOCABULARY_NO_MEMORY, VOCABULARY_TOO_BIG, VOCABULARY_OUT_OF_FILE, VOCABULARY_TOO_LONG,
+    VOCABULARY_EMPTY, VOCABULARY_NOT_UTF8, VOCABULARY_DUPLICATE, VOCABULARY_NO_BYTE
+} vocabulary_status;
+
+/* Copies what it needs. where: the token at fault, -1 - the merge, or the byte without a token. seed: random. */
+int32_t tokenizer_new(const string_array *tokens, const string_array *merges, uint64_t seed, tokenizer **made,
+                      int64_t *where);
+void tokenizer_free(tokenizer *);
+
+/* How many ids the UTF-8 text has, at most `room` of them written; -1: no memory. Specials are plain text here. */
+int64_t tokenizer_encode(const tokenizer *, const uint8_t *text, int64_t bytes, int32_t *ids, int64_t room);
+int32_t tokenizer_find(const tokenizer *, const uint8_t *text, int64_t bytes);         /* -1: no such token */
+const uint8_t *tokenizer_text(const tokenizer *, int32_t token, int64_t *bytes);       /* as stored; NULL: no such id */

@@ -1,0 +1,1 @@
+"""Strings and tokens: tokenizer, chat template, stream parsing, sampling. Knows no model."""
