@@ -15,9 +15,10 @@ from ..errors import Gemma4qError
 from ..gguf.reader import GGUF
 from ..gguf.types import INTEGERS, ValueType
 
-# What each kind of key may be written as. Integers of any width are one kind; everything else is itself.
+# What each kind of key may be written as. An integer may have any width, one of an array 32 bits; all else is itself.
 KINDS = {
     "integer": INTEGERS,
+    "int32": frozenset({ValueType.I32, ValueType.U32}),
     "float": frozenset({ValueType.F32}),
     "bool": frozenset({ValueType.BOOL}),
     "string": frozenset({ValueType.STRING}),
@@ -85,7 +86,7 @@ def _wrong_value(name: str, key: Key, value: Any, lengths: dict[str, int]) -> Ge
         wanted = lengths.get(key.length, len(value))
         if len(value) != wanted:
             return Gemma4qError("bad_array", f"{name} has {len(value)} entries; want {wanted}")
-    if key.kind not in ("integer", "float") or (key.low, key.high, key.multiple) == (-math.inf, math.inf, 1):
+    if key.kind not in ("integer", "int32", "float") or (key.low, key.high, key.multiple) == (-math.inf, math.inf, 1):
         return None
     numbers = np.atleast_1d(value)
     good = (numbers >= key.low) & (numbers <= key.high) & (numbers % key.multiple == 0 if key.multiple > 1 else True)

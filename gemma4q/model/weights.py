@@ -1,7 +1,7 @@
 """A Gemma 4 model's tensors by name, each with the shape and a type that its place in the model needs.
 
-One table says which tensors there are; the geometry is `config`'s. Tensors that nothing reads (keys and values of layers
-that borrow them, and unknown ones) are listed and left alone. No kernel ever meets a tensor that did not pass this table.
+One table says which tensors there are; the geometry is `config`'s. Tensors that nothing reads (keys and values of
+layers that borrow them, and unknown ones) are listed and left alone. No kernel ever meets a tensor that did not pass.
 """
 
 from collections.abc import Iterator
@@ -83,8 +83,8 @@ _KEYS_AND_VALUES = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
 class Weights:
     """The tensors a model computes with, by GGUF's names.
 
-    `output_scales` multiply what a matrix gives (`X.scale` beside `X.weight`). `dead` are keys and values of layers that
-    borrow theirs, `ignored` all other tensors in the file.
+    `output_scales` multiply what a matrix gives (`X.scale` beside `X.weight`). `dead` are keys and values of layers
+    that borrow theirs, `ignored` all other tensors in the file.
     """
 
     tensors: dict[str, Tensor]
@@ -120,6 +120,9 @@ def examine(gguf: GGUF, config: Config) -> tuple[Weights, list[Gemma4qError]]:
     given = _renamed(gguf)
     tensors: dict[str, Tensor] = {}
     faults: list[Gemma4qError] = []
+    if not given:
+        vocabulary = Gemma4qError("missing_tensor", "the file holds no tensors: it is a vocabulary, not a model")
+        return Weights({}, {}, (), ()), [vocabulary]
     for name, shape, optional in _wanted(gguf, config):
         if name in given:
             faults.extend(_faults(name, given[name], shape))
@@ -145,7 +148,7 @@ def examine(gguf: GGUF, config: Config) -> tuple[Weights, list[Gemma4qError]]:
 def _renamed(gguf: GGUF) -> dict[str, Tensor]:
     """The file's tensors under the names of the table."""
     given = dict(gguf.tensors)
-    for name, tensor in gguf.tensors.items():
+    for name in gguf.tensors:
         for alias, proper in _ALIASES.items():
             if name.endswith("." + alias) and (own := name.removesuffix(alias) + proper) not in given:
                 given[own] = given.pop(name)
