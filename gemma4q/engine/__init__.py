@@ -1,0 +1,1 @@
+"""Requests over time: what runs when, in which memory, and what it said."""
