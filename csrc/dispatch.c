@@ -1,0 +1,44 @@
+/* Which instruction sets were compiled, which this CPU has, and their tables: best first. */
+#include "kernels.h"
+
+extern const kernel_table kernels_scalar;
+static int32_t always(void) { return 1; }
+
+#ifdef HAVE_avx2
+extern const kernel_table kernels_avx2;
+static int32_t has_avx2(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+#ifdef HAVE_avx512
+extern const kernel_table kernels_avx512;
+static int32_t has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
+static const struct { const kernel_table *table; int32_t (*here)(void); } levels[] = {
+#ifdef HAVE_avx512
+    {&kernels_avx512, has_avx512},
+#endif
+#ifdef HAVE_avx2
+    {&kernels_avx2, has_avx2},
+#endif
+    {&kernels_scalar, always},
+};
+
+int32_t isa_count(void) { return sizeof levels / sizeof *levels; }
+const char *isa_name(int32_t isa) { return isa >= 0 && isa < isa_count() ? levels[isa].table->isa : NULL; }
+int32_t isa_available(int32_t isa) { return isa >= 0 && isa < isa_count() && levels[isa].here(); }
+const kernel_table *kernels_of(int32_t isa) { return isa_available(isa) ? levels[isa].table : NULL; }
+
+const char *kernel_name(int32_t isa, int32_t code, int32_t type) {
+    if (!isa_name(isa) || code < 0 || code >= OP_COUNT) return NULL;
+    const kernel_table *t = levels[isa].table;
+    if (type < 0 || type >= TYPE_COUNT) return t->names[code];
+    const int by_type = code == OP_MATMUL || code == OP_EXPERTS_UP || code == OP_EXPERTS_DOWN;
+    return by_type ? t->matmul_names[type] : code == OP_EMBED || code == OP_EMBED_ROWS ? t->row_names[type] : t->names[code];
+}

@@ -1,0 +1,301 @@
+/* Runs a plan: op after op, each cut into chunks that threads take as they come, barriers only where one is owed. */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels.h"
+
+struct session {
+    pool               *threads;
+    const kernel_table *kernels;
+    op                 *ops;
+    int32_t             count, first, end;
+    buffer             *buffers;
+    weight             *weights;
+    kv_layer           *kv;
+    int32_t             weight_count;
+    uint8_t            *arena, *scratch;
+    _Atomic int32_t    *next;       /* [ops]: the chunk to take next */
+    int32_t            *chunks;     /* [ops] of this run; -1: known only when the op starts */
+    uint8_t            *barrier;    /* [ops] before which all threads meet */
+    const int32_t      *cancel;
+    context             step;
+    _Atomic int32_t     stopped;
+};
+
+enum { LATER = -1 };
+
+/* Chunks of an op; those of an expert op depend on what the router chose. */
+int32_t chunk_count(const op *o, const context *c) {
+    const int32_t rows = rows_of(o, c), width = o->out >= 0 ? c->buffers[o->out].width : 0;
+    if (!rows) return 0;
+    switch (o->code) {
+        case OP_RMS_NORM: case OP_ROPE: {
+            const int32_t each = width < TILE_ELEMENTS ? TILE_ELEMENTS / width : 1;
+            return (rows + each - 1) / each;
+        }
+        case OP_WANTED: return tile_count(c->head->wanted, width);
+        case OP_ADD: case OP_SCALE: case OP_GELU_MUL: case OP_SOFTCAP: case OP_QUANTIZE: return tile_count(rows, width);
+        case OP_ANGLES: return (rows + 15) / 16;
+        case OP_MATMUL: {
+            const weight *w = &c->weights[o->weight[0]];
+            const int32_t share = matmul_share(w, rows);
+            return (w->rows + share - 1) / share;
+        }
+        case OP_ATTEND: {
+            /* As attend.h cuts it. */
+            const int32_t group = o->heads / o->kv_heads;
+            int32_t heads = group < ATTEND_ROWS ? group : ATTEND_ROWS, together = ATTEND_ROWS / heads;
+            while (together > 1 && rows * o->kv_heads / together < 2 * c->threads) together /= 2;
+            while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads) heads = (heads + 1) / 2;
+            return (rows + together - 1) / together * o->kv_heads * ((group + heads - 1) / heads);
+        }
+        case OP_EXPERTS_UP: {
+            const weight *w = &c->weights[o->weight[0]];
+            const int32_t groups = *(const int32_t *)buffer_row(c, o->in[2], 0);
+            return groups * (o->weight[1] < 0 ? 1 : 2) * ((w->rows + STRETCH_ROWS - 1) / STRETCH_ROWS);
+        }
+        case OP_EXPERTS_GELU: return tile_count(rows * o->used, o->size);
+        case OP_EXPERTS_DOWN: return (c->weights[o->weight[0]].rows + STRETCH_ROWS - 1) / STRETCH_ROWS;
+        case OP_TOP_PART: return rows * ((c->buffers[o->in[0]].width + o->size - 1) / o->size);
+        case OP_GROUP: case OP_TOP: return 1;
+        default: return rows;           /* embed, embed_rows, route, store_kv */
+    }
+}
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+/* Thread 0 alone runs ops of one chunk, so a row of them needs no barrier in between. */
+static void share(void *arg, int32_t thread, int32_t threads) {
+    session *s = arg;
+    context c = s->step;
+    c.scratch = s->scratch + (int64_t)thread * THREAD_BYTES;
+    c.threads = threads;
+    int64_t *times = (int64_t *)(uintptr_t)c.result->op_nanoseconds, before = times && !thread ? now() : 0;
+    for (int32_t i = s->first; i < s->end; i++) {
+        const op *o = &s->ops[i];
+        if (s->barrier[i]) {
+            if (thread == 0 && s->cancel && *(volatile const int32_t *)s->cancel) atomic_store(&s->stopped, 1);
+            pool_barrier(s->threads);
+            if (atomic_load_explicit(&s->stopped, memory_order_relaxed)) return;
+        }
+        const int32_t chunks = s->chunks[i] == LATER ? chunk_count(o, &c) : s->chunks[i];
+        const kernel run = s->kernels->ops[o->code];
+        if (chunks == 1 && s->chunks[i] != LATER) {
+            if (thread == 0) run(o, &c, 0);
+        } else {
+            for (int32_t n; (n = atomic_fetch_add_explicit(&s->next[i], 1, memory_order_relaxed)) < chunks;) run(o, &c, n);
+        }
+        if (before) {
+            const int64_t after = now();
+            times[i] += after - before;
+            before = after;
+        }
+    }
+}
+
+/* Barriers stand where the plan says wait, unless thread 0 alone has been at work since the last one. */
+static void lay_barriers(session *s) {
+    int alone = 1, owed = 0;
+    for (int32_t i = s->first; i < s->end; i++) {
+        s->chunks[i] = s->ops[i].code == OP_EXPERTS_UP ? LATER : chunk_count(&s->ops[i], &s->step);
+        atomic_store_explicit(&s->next[i], 0, memory_order_relaxed);
+        const int single = s->chunks[i] == 1 || s->chunks[i] == 0;
+        s->barrier[i] = 0;
+        if (s->ops[i].wait || owed) {
+            if (single && alone) {
+                owed = 1;
+            } else {
+                s->barrier[i] = 1;
+                owed = 0;
+                alone = 1;
+                s->step.result->barriers++;
+            }
+        }
+        if (!single) alone = 0;
+    }
+}
+
+/* Every token in range, every row of a table at hand. */
+static int32_t prepare(session *s, const uint8_t *memory) {
+    const batch *b = (const batch *)memory;
+    s->step.head = b;
+    s->step.rows = (const batch_row *)(memory + b->row_at);
+    s->step.sequences = (const batch_sequence *)(memory + b->sequence_at);
+    s->step.wanted = (const int32_t *)(memory + b->wanted_at);
+    s->step.pages = (const int32_t *)(memory + b->page_at);
+    s->step.vectors = (const float *)(memory + b->vector_at);
+    s->step.biases = (const logit_bias *)(memory + b->bias_at);
+    s->step.masks = (const uint32_t *)(memory + b->mask_at);
+    for (int32_t i = 0; i < s->weight_count; i++)
+        if (s->weights[i].layout == LAYOUT_ROWS)
+            for (int32_t r = 0; r < b->rows; r++) {
+                const batch_row *row = &s->step.rows[r];
+                if (!row_cache_fetch((row_cache *)(uintptr_t)s->weights[i].data, row->vector >= 0 ? 0 : row->token))
+                    return STATUS_MODEL_CHANGED;
+            }
+    return STATUS_OK;
+}
+
+/* Bytes of weights this step reads, each matrix once, an expert once however many rows chose it. */
+static int64_t bytes_read(const session *s) {
+    int64_t bytes = 0;
+    for (int32_t i = s->first; i < s->end; i++) {
+        const op *o = &s->ops[i];
+        const int expert = o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN;
+        if (!s->chunks[i] || !(o->code == OP_MATMUL || expert)) continue;
+        for (int32_t j = 0; j < 4 && o->weight[j] >= 0; j++) {
+            const weight *w = &s->weights[o->weight[j]];
+            const int64_t each = w->rows * row_bytes(w->type, w->cols);
+            bytes += expert ? each * *(const int32_t *)buffer_row(&s->step, o->in[2], 0) : each;
+        }
+    }
+    return bytes;
+}
+
+int32_t session_run(session *s, const uint8_t *memory, run_result *result, const int32_t *cancel, int32_t first, int32_t end) {
+    s->step.result = result;
+    s->step.threads = pool_threads(s->threads);
+    s->cancel = cancel;
+    s->first = first;
+    s->end = end < 0 || end > s->count ? s->count : end;
+    atomic_store(&s->stopped, 0);
+    result->barriers = 0;
+    result->weight_bytes = 0;
+    result->bad_row = -1;
+    result->threads = s->step.threads;
+    if ((result->status = prepare(s, memory)) != STATUS_OK) return result->status;
+    lay_barriers(s);
+    pool_run(s->threads, share, s);
+    if (atomic_load(&s->stopped)) result->status = STATUS_CANCELLED;
+    else result->weight_bytes = bytes_read(s);
+    return result->status;
+}
+
+static void *copy(const void *from, size_t count, size_t each) {
+    void *to = calloc(count + 1, each);
+    if (to && count) memcpy(to, from, count * each);
+    return to;
+}
+session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, const buffer *buffers, int32_t buffer_count,
+                     const weight *weights, int32_t weight_count, const kv_layer *kv, int32_t kv_count, uint8_t *arena,
+                     uint8_t *scratch) {
+    session *s = calloc(1, sizeof *s);
+    if (!s) return NULL;
+    s->threads = threads;
+    s->kernels = kernels_of(isa);
+    s->ops = copy(ops, (size_t)count, sizeof *ops);
+    s->buffers = copy(buffers, (size_t)buffer_count, sizeof *buffers);
+    s->weights = copy(weights, (size_t)weight_count, sizeof *weights);
+    s->kv = copy(kv, (size_t)kv_count, sizeof *kv);
+    s->next = calloc((size_t)count, sizeof *s->next);
+    s->chunks = calloc((size_t)count, sizeof *s->chunks);
+    s->barrier = calloc((size_t)count, 1);
+    s->count = count;
+    s->weight_count = weight_count;
+    s->arena = arena;
+    s->scratch = scratch;
+    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->next || !s->chunks || !s->barrier) {
+        session_free(s);
+        return NULL;
+    }
+    s->step = (context){.buffers = s->buffers, .weights = s->weights, .kv = s->kv, .arena = arena};
+    return s;
+}
+void session_free(session *s) {
+    if (!s) return;
+    free(s->ops);
+    free(s->buffers);
+    free(s->weights);
+    free(s->kv);
+    free(s->next);
+    free(s->chunks);
+    free(s->barrier);
+    free(s);
+}
+int64_t scratch_bytes(int32_t threads) { return (int64_t)threads * THREAD_BYTES; }
+
+/* -- Without a plan: for tests and the bench ----------------------------------------------------------- */
+
+typedef struct {
+    const kernel_table *kernels;
+    const weight *w;
+    const uint8_t *x;
+    float *y;
+    uint8_t *scratch;
+    int64_t x_stride;
+    int32_t rows;
+    _Atomic int32_t next;
+} once;
+
+static void matmul_share_once(void *arg, int32_t thread, int32_t threads) {
+    (void)threads;
+    once *m = arg;
+    uint8_t *scratch = m->scratch + (int64_t)thread * THREAD_BYTES;
+    const void *x[512];
+    float *y[512];
+    const int32_t share = matmul_share(m->w, m->rows), chunks = (m->w->rows + share - 1) / share;
+    for (int32_t n; (n = atomic_fetch_add(&m->next, 1)) < chunks;) {
+        const int64_t first = (int64_t)n * share, height = m->w->rows - first < share ? m->w->rows - first : share;
+        for (int32_t r0 = 0; r0 < m->rows; r0 += 512) {
+            const int32_t count = m->rows - r0 < 512 ? m->rows - r0 : 512;
+            for (int32_t r = 0; r < count; r++) {
+                x[r] = m->x + (r0 + r) * m->x_stride;
+                y[r] = m->y + (int64_t)(r0 + r) * m->w->rows + first;
+            }
+            m->kernels->matmul(m->w, first, height, x, y, count, scratch);
+        }
+    }
+}
+int32_t matmul_once(pool *threads, int32_t isa, const weight *w, const float *x, float *y, int32_t rows, uint8_t *scratch) {
+    const kernel_table *kernels = kernels_of(isa);
+    const int is_float = w->type == TYPE_F32 || w->type == TYPE_F16 || w->type == TYPE_BF16;
+    if (!kernels || !block_of(w->type).bytes || w->rows * row_bytes(w->type, w->cols) > w->bytes) return -1;
+    once m = {.kernels = kernels, .w = w, .y = y, .scratch = scratch, .rows = rows};
+    block_a8 *quantized = NULL;
+    if (is_float) {
+        m.x = (const uint8_t *)x;
+        m.x_stride = w->cols * (int64_t)sizeof(float);
+    } else {
+        quantized = malloc((size_t)rows * (size_t)(w->cols / 32) * sizeof *quantized);
+        if (!quantized) return -1;
+        for (int32_t r = 0; r < rows; r++)
+            kernels->quantize(x + (int64_t)r * w->cols, quantized + (int64_t)r * (w->cols / 32), w->cols);
+        m.x = (const uint8_t *)quantized;
+        m.x_stride = w->cols / 32 * (int64_t)sizeof(block_a8);
+    }
+    pool_run(threads, matmul_share_once, &m);
+    free(quantized);
+    return 0;
+}
+void quantize_row(int32_t isa, const float *x, block_a8 *y, int32_t cols) { kernels_of(isa)->quantize(x, y, cols); }
+int32_t dequantize_row(int32_t isa, int32_t type, const uint8_t *x, float *y, int32_t cols) {
+    const kernel_table *t = kernels_of(isa);
+    if (!t || type < 0 || type >= TYPE_COUNT || !t->dequantize[type]) return -1;
+    t->dequantize[type](x, y, cols);
+    return 0;
+}
+
+typedef struct { const uint8_t *data; int64_t bytes; _Atomic uint64_t sum; } reading;
+static void read_share(void *arg, int32_t thread, int32_t threads) {
+    reading *r = arg;
+    const int64_t lines = r->bytes / 64, first = lines * thread / threads, end = lines * (thread + 1) / threads;
+    uint64_t sum[8] = {0};
+    for (int64_t i = first; i < end; i++) {
+        const uint64_t *line = (const uint64_t *)(r->data + 64 * i);
+        __builtin_prefetch(line + 128, 0, 3);
+        for (int j = 0; j < 8; j++) sum[j] += line[j];
+    }
+    for (int j = 0; j < 8; j++) atomic_fetch_add(&r->sum, sum[j]);
+}
+double read_bandwidth(pool *threads, const uint8_t *data, int64_t bytes) {
+    reading r = {.data = data, .bytes = bytes};
+    const int64_t before = now();
+    pool_run(threads, read_share, &r);
+    return (double)bytes * 1e9 / (double)(now() - before);
+}

@@ -1,0 +1,123 @@
+/* What a kernel is: share `chunk` of one op, with no threads, allocation, globals or errors of its own. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "abi.h"
+
+_Static_assert(sizeof(block_q4_0) == 18 && sizeof(block_q4_1) == 20 && sizeof(block_q5_0) == 22, "GGUF's sizes");
+_Static_assert(sizeof(block_q5_1) == 24 && sizeof(block_q8_0) == 34 && sizeof(block_q2_k) == 84, "GGUF's sizes");
+_Static_assert(sizeof(block_q3_k) == 110 && sizeof(block_q4_k) == 144 && sizeof(block_q5_k) == 176, "GGUF's sizes");
+_Static_assert(sizeof(block_q6_k) == 210 && sizeof(block_iq4_nl) == 18 && sizeof(block_iq4_xs) == 136, "GGUF's sizes");
+_Static_assert(sizeof(block_mxfp4) == 17 && sizeof(block_a8) == 48 && sizeof(op) == 128, "sizes others rely on");
+
+enum {
+    PAGE = 64,              /* positions in a page of keys and values */
+    LANES = 16,             /* weight rows, positions or dimensions worked on side by side */
+    STRETCH_ROWS = 64,      /* weight rows unpacked at a time when many tokens share them */
+    STRETCH_COLS = 2048,    /* of their columns */
+    TILE_ELEMENTS = 8192,   /* of a share of an elementwise op */
+    ATTEND_BLOCK = 512,     /* positions in one softmax block; blocks start at multiples of it */
+    ATTEND_ROWS = 8,        /* query rows (heads, tokens) that share each key */
+    THREAD_BYTES = 1 << 20, /* scratch of one thread */
+    MAX_HEAD_DIM = 1024,
+};
+
+/* Everything a kernel sees besides its op. */
+typedef struct {
+    const batch          *head;
+    const batch_row      *rows;
+    const batch_sequence *sequences;
+    const int32_t        *wanted, *pages;
+    const float          *vectors;
+    const logit_bias     *biases;
+    const uint32_t       *masks;
+    const buffer         *buffers;
+    const weight         *weights;
+    const kv_layer       *kv;
+    uint8_t              *arena;
+    uint8_t              *scratch;      /* THREAD_BYTES of this thread's own */
+    run_result           *result;
+    int32_t               threads;
+} context;
+
+typedef void (*kernel)(const op *, const context *, int32_t chunk);
+
+typedef struct {
+    const char *isa;
+    const char *names[OP_COUNT];
+    kernel      ops[OP_COUNT];
+    const char *matmul_names[TYPE_COUNT];
+    const char *row_names[TYPE_COUNT];
+    void (*quantize)(const float *x, block_a8 *y, int64_t cols);
+    void (*dequantize[TYPE_COUNT])(const uint8_t *x, float *y, int64_t cols);
+    void (*matmul)(const weight *, int64_t first, int64_t rows, const void *const *x, float *const *y, int64_t tokens,
+                   uint8_t *scratch);
+} kernel_table;
+
+/* -- Where things are ------------------------------------------------------------------------- */
+
+static inline int32_t rows_of(const op *o, const context *c) {
+    return o->rows == ROWS_WANTED ? c->head->wanted : c->head->rows;
+}
+static inline void *buffer_row(const context *c, int32_t number, int64_t row) {
+    return c->arena + c->buffers[number].offset + row * c->buffers[number].stride;
+}
+static inline const batch_row *row_info(const op *o, const context *c, int32_t row) {
+    return &c->rows[o->rows == ROWS_WANTED ? c->wanted[row] : row];
+}
+
+/* An elementwise op is cut into tiles of about TILE_ELEMENTS: some whole rows, or a piece of one row. */
+typedef struct { int32_t row, rows; int32_t col, cols; } tile;
+
+static inline int32_t tile_count(int32_t rows, int32_t width) {
+    if (width >= TILE_ELEMENTS) return rows * ((width + TILE_ELEMENTS - 1) / TILE_ELEMENTS);
+    const int32_t each = TILE_ELEMENTS / width;
+    return (rows + each - 1) / each;
+}
+static inline tile tile_at(int32_t rows, int32_t width, int32_t chunk) {
+    if (width >= TILE_ELEMENTS) {
+        const int32_t pieces = (width + TILE_ELEMENTS - 1) / TILE_ELEMENTS, at = chunk % pieces * TILE_ELEMENTS;
+        return (tile){chunk / pieces, 1, at, width - at < TILE_ELEMENTS ? width - at : TILE_ELEMENTS};
+    }
+    const int32_t each = TILE_ELEMENTS / width, row = chunk * each;
+    return (tile){row, rows - row < each ? rows - row : each, 0, width};
+}
+
+/* Values and bytes of a block. */
+typedef struct { int32_t values, bytes; } block_size;
+static inline block_size block_of(int32_t type) {
+    static const block_size sizes[TYPE_COUNT] = {
+        [TYPE_F32] = {1, 4}, [TYPE_F16] = {1, 2}, [TYPE_BF16] = {1, 2},
+#define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = {values, sizeof(block_##name)},
+#include "quants.def"
+#undef QUANT
+    };
+    return sizes[type];
+}
+static inline int64_t row_bytes(int32_t type, int64_t cols) {
+    const block_size b = block_of(type);
+    return cols / b.values * b.bytes;
+}
+
+/* Weight rows in one share of a matmul: about 64 KiB where few tokens use them, a stretch where many do. */
+static inline int32_t matmul_share(const weight *w, int32_t tokens) {
+    if (tokens > LANES) return STRETCH_ROWS;
+    const int64_t rows = 65536 / row_bytes(w->type, w->cols) / LANES * LANES;
+    return rows < LANES ? LANES : rows > 256 ? 256 : (int32_t)rows;
+}
+int32_t chunk_count(const op *, const context *);
+
+/* -- Rows read by pread ------------------------------------------------------------------------ */
+
+int32_t row_cache_fetch(row_cache *, int32_t row);              /* 0: could not be read */
+const uint8_t *row_cache_row(const row_cache *, int32_t row);
+
+/* -- Threads -------------------------------------------------------------------------------------- */
+
+typedef void (*job)(void *arg, int32_t thread, int32_t threads);
+int32_t pool_threads(const pool *);
+void pool_run(pool *, job, void *arg);
+void pool_barrier(pool *);
+
+const kernel_table *kernels_of(int32_t isa);

@@ -1,0 +1,342 @@
+/* Keys and values in pages, and attention over them.
+ *
+ * A page holds 64 positions. Of each KV head: keys as [4][key_dim][16 positions], so that a score needs no horizontal
+ * sum, then values as [64][head_dim]. A quantised page adds the scales of 32 keys' or values' dimensions after each:
+ * [4][key_dim / 32][16] and [64][head_dim / 32].
+ * Softmax runs in blocks that start at multiples of 512 positions, each on its own; blocks are merged in order. So a
+ * row's bits do not depend on which other rows or heads share the work.
+ */
+
+typedef struct { uint8_t *keys, *key_scales, *values, *value_scales; } K(kv_page);
+
+static inline int64_t K(scale_count)(int32_t type, int32_t dim) { return type == TYPE_Q8_0 ? (dim + 31) / 32 : 0; }
+
+static inline K(kv_page) K(page_of)(const context *c, const op *o, const batch_sequence *s, int32_t position, int32_t head) {
+    const kv_layer *l = &c->kv[o->kv_layer];
+    const int32_t page = c->pages[(l->local ? s->local_pages : s->global_pages) + (uint32_t)(position / PAGE)];
+    const int64_t value = l->type == TYPE_Q8_0 ? 1 : l->type == TYPE_F32 ? 4 : 2;
+    const int64_t keys = PAGE * l->key_dim * value, key_scales = PAGE * 2 * K(scale_count)(l->type, l->key_dim);
+    const int64_t values = PAGE * l->head_dim * value;
+    uint8_t *at = (uint8_t *)(uintptr_t)l->pages + page * l->page_bytes + head * (l->page_bytes / l->kv_heads);
+    return (K(kv_page)){at, at + keys, at + keys + key_scales, at + keys + key_scales + values};
+}
+
+/* -- Store --------------------------------------------------------------------------------------- */
+
+static inline void K(put)(uint8_t *at, int64_t index, float x, int32_t type) {
+    if (type == TYPE_F32) {
+        __builtin_memcpy(at + 4 * index, &x, 4);
+    } else if (type == TYPE_F16) {
+        const _Float16 h = (_Float16)x;
+        __builtin_memcpy(at + 2 * index, &h, 2);
+    } else {
+        uint32_t bits;
+        __builtin_memcpy(&bits, &x, 4);
+        const uint16_t high = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)(bits >> 16 | 64)
+                                                               : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        __builtin_memcpy(at + 2 * index, &high, 2);
+    }
+}
+/* `dim` values, `step` apart; quantised ones in groups of 32 with a scale each, `scale_step` apart. */
+static inline void K(put_vector)(const float *x, int32_t dim, int32_t type, uint8_t *at, int64_t step, uint8_t *scales,
+                                 int64_t scale_step) {
+    if (type != TYPE_Q8_0) {
+        for (int32_t i = 0; i < dim; i++) K(put)(at, i * step, x[i], type);
+        return;
+    }
+    for (int32_t g = 0; g < dim; g += 32) {
+        const int32_t n = dim - g < 32 ? dim - g : 32;
+        float top = 0;
+        for (int32_t i = 0; i < n; i++) top = fabsf(x[g + i]) > top || x[g + i] != x[g + i] ? fabsf(x[g + i]) : top;
+        const _Float16 d = (_Float16)(top / 127.0f);
+        const float inverse = (float)d > 0.0f ? 1.0f / (float)d : 0.0f;
+        __builtin_memcpy(scales + 2 * (g / 32) * scale_step, &d, 2);
+        for (int32_t i = 0; i < n; i++) {
+            const float q = x[g + i] * inverse;
+            ((int8_t *)at)[(g + i) * step] = (int8_t)(q > 127.0f ? 127 : q < -127.0f ? -127 : q == q ? lrintf(q) : 0);
+        }
+    }
+}
+
+static void K(store_kv)(const op *o, const context *c, int32_t row) {
+    const batch_row *info = row_info(o, c, row);
+    const kv_layer *l = &c->kv[o->kv_layer];
+    if (info->flags & ROW_NO_STORE) return;
+    const int32_t in_page = info->position % PAGE, sub = in_page / LANES, lane = in_page % LANES;
+    const int64_t value = l->type == TYPE_Q8_0 ? 1 : l->type == TYPE_F32 ? 4 : 2;
+    for (int32_t h = 0; h < o->kv_heads; h++) {
+        const K(kv_page) p = K(page_of)(c, o, &c->sequences[info->sequence], info->position, h);
+        const float *k = (const float *)buffer_row(c, o->in[0], row) + h * o->head_dim;
+        const float *v = (const float *)buffer_row(c, o->in[1], row) + h * o->head_dim;
+        float turned[MAX_HEAD_DIM];
+        if (o->from_values) {
+            __builtin_memcpy(turned, k, (size_t)o->pairs * sizeof(float));
+            __builtin_memcpy(turned + o->pairs, k + o->head_dim / 2, (size_t)o->pairs * sizeof(float));
+            k = turned;
+        }
+        const int64_t key_scales = K(scale_count)(l->type, l->key_dim), value_scales = K(scale_count)(l->type, l->head_dim);
+        K(put_vector)(k, l->key_dim, l->type, p.keys + ((int64_t)sub * l->key_dim * LANES + lane) * value, LANES,
+                      p.key_scales + 2 * (sub * key_scales * LANES + lane), LANES);
+        K(put_vector)(v, l->head_dim, l->type, p.values + (int64_t)in_page * l->head_dim * value, 1,
+                      p.value_scales + 2 * in_page * value_scales, 1);
+    }
+}
+
+/* -- Attend --------------------------------------------------------------------------------------- */
+
+/* Query rows that share keys: some heads of one KV head, some neighbouring rows of one sequence. */
+typedef struct {
+    const op             *o;
+    const kv_layer       *l;
+    const batch_sequence *sequence;
+    int32_t rows;                           /* query rows, at most ATTEND_ROWS */
+    int32_t kv_head;
+    int32_t first[ATTEND_ROWS], last[ATTEND_ROWS];  /* positions each may see */
+    const float *key_query;                 /* [rows][key_dim] */
+    const float *value_query;               /* [rows][head_dim]: what meets the values, when keys come from them */
+    float *scores;                          /* [rows][ATTEND_BLOCK] */
+    float *part;                            /* [rows][head_dim] of this block */
+    float *out;                             /* [rows][head_dim] so far */
+    float top[ATTEND_ROWS], sum[ATTEND_ROWS];
+} K(attention);
+
+static INLINE vf K(load_kv)(const uint8_t *at, int64_t index, int type) {
+    return type == TYPE_F32   ? K(load)((const float *)at + index)
+           : type == TYPE_F16 ? K(load_f16)((const f16 *)at + index)
+           : type == TYPE_BF16 ? K(load_bf16)((const bf16 *)at + index)
+                              : K(load_i8)((const int8_t *)at + index);
+}
+static INLINE float K(scale_at)(const uint8_t *scales, int64_t index) {
+    f16 h;
+    __builtin_memcpy(&h, scales + 2 * index, 2);
+    return K(half)(h);
+}
+
+/* Scores of `n` query rows against 16 positions' stored keys. */
+static INLINE void K(score_keys)(const K(attention) *a, K(kv_page) p, int sub, const int n, const int type, vf *sum) {
+    const int32_t dim = a->l->key_dim;
+    const uint8_t *keys = p.keys + (int64_t)sub * dim * LANES * (type == TYPE_Q8_0 ? 1 : type == TYPE_F32 ? 4 : 2);
+    if (type == TYPE_Q8_0) {
+        const f16 *scales = (const f16 *)p.key_scales + sub * K(scale_count)(type, dim) * LANES;
+        for (int32_t g = 0; g < dim; g += 32) {
+            vf part[ATTEND_ROWS];
+#pragma GCC unroll 8
+            for (int r = 0; r < n; r++) part[r] = K(zero)();
+            for (int32_t i = g; i < dim && i < g + 32; i++) {
+                const vf key = K(load_kv)(keys, i * LANES, type);
+#pragma GCC unroll 8
+                for (int r = 0; r < n; r++) part[r] = K(fma)(K(set1)(a->key_query[r * dim + i]), key, part[r]);
+            }
+            const vf scale = K(load_f16)(scales + g / 32 * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < n; r++) sum[r] = K(fma)(part[r], scale, sum[r]);
+        }
+        return;
+    }
+    for (int32_t i = 0; i < dim; i++) {
+        const vf key = K(load_kv)(keys, i * LANES, type);
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) sum[r] = K(fma)(K(set1)(a->key_query[r * dim + i]), key, sum[r]);
+    }
+}
+
+/* What 16 positions' values add to the scores of rows whose keys come from values. */
+static INLINE void K(score_values)(const K(attention) *a, K(kv_page) p, int sub, const int n, const int type, float *scores) {
+    const int32_t dim = a->l->head_dim;
+    for (int j = 0; j < LANES; j++) {
+        const int64_t at = sub * LANES + j;
+        vf sum[ATTEND_ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) sum[r] = K(zero)();
+        for (int32_t i = 0; i < dim; i += LANES) {
+            vf value = K(load_kv)(p.values, at * dim + i, type);
+            if (type == TYPE_Q8_0) value = K(mul)(value, K(set1)(K(scale_at)(p.value_scales, at * K(scale_count)(type, dim) + i / 32)));
+#pragma GCC unroll 8
+            for (int r = 0; r < n; r++) sum[r] = K(fma)(K(load)(a->value_query + r * dim + i), value, sum[r]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) {
+            float lanes[LANES];
+            K(store)(lanes, sum[r]);
+            scores[r * ATTEND_BLOCK + j] += K(sum16)(lanes);
+        }
+    }
+}
+
+/* part = sum over positions of score times value. */
+static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int32_t begin, int32_t end, const int n,
+                                   const int type) {
+    const int32_t dim = a->l->head_dim, base = begin / ATTEND_BLOCK * ATTEND_BLOCK;
+    enum { WIDE = 2 };
+    for (int32_t i = 0; i < dim; i += WIDE * LANES) {
+        const int wide = dim - i >= WIDE * LANES ? WIDE : 1;
+        vf sum[ATTEND_ROWS][WIDE];
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) sum[r][0] = sum[r][1] = K(zero)();
+        for (int32_t at = begin; at <= end;) {
+            const K(kv_page) p = K(page_of)(c, a->o, a->sequence, at, a->kv_head);
+            const int32_t stop = (at / PAGE + 1) * PAGE - 1 < end ? (at / PAGE + 1) * PAGE - 1 : end;
+            for (; at <= stop; at++) {
+                const int64_t index = (int64_t)(at % PAGE) * dim + i;
+                vf low = K(load_kv)(p.values, index, type), high = wide == 2 ? K(load_kv)(p.values, index + LANES, type) : low;
+                if (type == TYPE_Q8_0) {
+                    const int64_t scale = at % PAGE * K(scale_count)(type, dim);
+                    low = K(mul)(low, K(set1)(K(scale_at)(p.value_scales, scale + i / 32)));
+                    high = K(mul)(high, K(set1)(K(scale_at)(p.value_scales, scale + (i + (wide - 1) * LANES) / 32)));
+                }
+#pragma GCC unroll 8
+                for (int r = 0; r < n; r++) {
+                    const vf weight = K(set1)(a->scores[r * ATTEND_BLOCK + at - base]);
+                    sum[r][0] = K(fma)(weight, low, sum[r][0]);
+                    sum[r][1] = K(fma)(weight, high, sum[r][1]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) {
+            K(store)(a->part + r * dim + i, sum[r][0]);
+            if (wide == 2) K(store)(a->part + r * dim + i + LANES, sum[r][1]);
+        }
+    }
+}
+
+/* Positions begin ... end, all of one block: scores, softmax, values, merged into what came before. */
+static INLINE void K(attend_block)(K(attention) *a, const context *c, int32_t begin, int32_t end, const int n, const int type) {
+    const int32_t base = begin / ATTEND_BLOCK * ATTEND_BLOCK, dim = a->l->head_dim;
+    const int32_t low = (begin - base) / LANES * LANES, high = ((end - base) / LANES + 1) * LANES;
+    for (int32_t at = low; at < high; at += LANES) {
+        const K(kv_page) p = K(page_of)(c, a->o, a->sequence, base + at, a->kv_head);
+        const int sub = (base + at) % PAGE / LANES;
+        vf sum[ATTEND_ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) sum[r] = K(zero)();
+        K(score_keys)(a, p, sub, n, type, sum);
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) K(store)(a->scores + r * ATTEND_BLOCK + at, sum[r]);
+        if (a->o->from_values) K(score_values)(a, p, sub, n, type, a->scores + at);
+    }
+    float top[ATTEND_ROWS], sum[ATTEND_ROWS];
+    for (int r = 0; r < n; r++) {
+        float *s = a->scores + r * ATTEND_BLOCK, lanes[LANES] = {0};
+        for (int32_t at = low; at < high; at++)
+            if (base + at < a->first[r] || base + at > a->last[r]) s[at] = -INFINITY;
+        top[r] = -INFINITY;
+        for (int32_t at = low; at < high; at++) top[r] = s[at] > top[r] || s[at] != s[at] ? s[at] : top[r];
+        if (top[r] == -INFINITY) {      /* nothing of this block is this row's to see */
+            for (int32_t at = low; at < high; at++) s[at] = 0;
+            sum[r] = 0;
+            continue;
+        }
+        for (int32_t at = low; at < high; at += LANES)
+            for (int j = 0; j < LANES; j++) {
+                s[at + j] = K(exponential)(s[at + j] - top[r]);
+                lanes[j] += s[at + j];
+            }
+        sum[r] = K(sum16)(lanes);
+    }
+    K(weigh_values)(a, c, begin, end, n, type);
+    for (int r = 0; r < n; r++) {
+        if (sum[r] == 0) continue;
+        float *out = a->out + r * dim;
+        const float *part = a->part + r * dim;
+        const float most = a->top[r] > top[r] ? a->top[r] : top[r];
+        const float before = a->sum[r] == 0 ? 0 : K(exponential)(a->top[r] - most), now = K(exponential)(top[r] - most);
+        for (int32_t i = 0; i < dim; i++) out[i] = out[i] * before + part[i] * now;
+        a->sum[r] = a->sum[r] * before + sum[r] * now;
+        a->top[r] = most;
+    }
+}
+
+#define BLOCKS_OF(n, type) \
+    for (int32_t at = first; at <= last; at = (at / ATTEND_BLOCK + 1) * ATTEND_BLOCK) { \
+        const int32_t stop = (at / ATTEND_BLOCK + 1) * ATTEND_BLOCK - 1; \
+        K(attend_block)(a, c, at, stop < last ? stop : last, n, type); \
+    }
+#define BLOCKS_FOR(type) \
+    static void K(blocks_##type)(K(attention) *a, const context *c, int32_t first, int32_t last) { \
+        switch (a->rows) { \
+            case 1: BLOCKS_OF(1, TYPE_##type) break; \
+            case 2: BLOCKS_OF(2, TYPE_##type) break; \
+            case 4: BLOCKS_OF(4, TYPE_##type) break; \
+            default: BLOCKS_OF(8, TYPE_##type) break; \
+        } \
+    }
+BLOCKS_FOR(F32)
+BLOCKS_FOR(F16)
+BLOCKS_FOR(BF16)
+BLOCKS_FOR(Q8_0)
+#undef BLOCKS_FOR
+#undef BLOCKS_OF
+
+/* How the work is cut: heads of a KV head that go together, rows that go together. */
+typedef struct { int32_t heads, parts, rows; } K(attend_share);
+static inline K(attend_share) K(share_of)(const op *o, const context *c) {
+    const int32_t group = o->heads / o->kv_heads, rows = rows_of(o, c);
+    int32_t heads = group < ATTEND_ROWS ? group : ATTEND_ROWS;
+    int32_t together = ATTEND_ROWS / heads;
+    while (together > 1 && rows * o->kv_heads / together < 2 * c->threads) together /= 2;
+    while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads) heads = (heads + 1) / 2;
+    return (K(attend_share)){heads, (group + heads - 1) / heads, together};
+}
+
+static void K(attend)(const op *o, const context *c, int32_t chunk) {
+    const K(attend_share) share = K(share_of)(o, c);
+    const kv_layer *l = &c->kv[o->kv_layer];
+    const int32_t group = o->heads / o->kv_heads, dim = o->head_dim;
+    const int32_t part = chunk % share.parts, kv_head = chunk / share.parts % o->kv_heads;
+    const int32_t row0 = chunk / share.parts / o->kv_heads * share.rows;
+    const int32_t head0 = kv_head * group + part * share.heads;
+    const int32_t heads = group - part * share.heads < share.heads ? group - part * share.heads : share.heads;
+    const float *k_norm = o->from_values ? (const float *)(uintptr_t)c->weights[o->weight[0]].data : NULL;
+    float *scratch = (float *)c->scratch;
+    float *keys = scratch, *values = keys + ATTEND_ROWS * MAX_HEAD_DIM;
+    K(attention) a = {.o = o, .l = l, .kv_head = kv_head, .key_query = keys, .value_query = values,
+                      .scores = values + ATTEND_ROWS * MAX_HEAD_DIM, .part = values + ATTEND_ROWS * (MAX_HEAD_DIM + ATTEND_BLOCK),
+                      .out = values + ATTEND_ROWS * (2 * MAX_HEAD_DIM + ATTEND_BLOCK)};
+    for (int32_t row = row0; row < row0 + share.rows && row < rows_of(o, c);) {
+        const int32_t sequence = row_info(o, c, row)->sequence, begin = row;
+        int32_t first = INT32_MAX, last = -1, n = 0;
+        for (; row < row0 + share.rows && row < rows_of(o, c) && row_info(o, c, row)->sequence == sequence; row++) {
+            const batch_row *info = row_info(o, c, row);
+            const int32_t reach = o->window || info->reach < info->position ? info->reach : info->position;
+            const int32_t from = o->window && info->position >= o->window ? info->position - o->window + 1 : 0;
+            first = from < first ? from : first;
+            last = reach > last ? reach : last;
+            for (int32_t h = 0; h < heads; h++, n++) {
+                const float *q = (const float *)buffer_row(c, o->in[0], row) + (head0 + h) * dim;
+                a.first[n] = from;
+                a.last[n] = reach;
+                if (!o->from_values) {
+                    __builtin_memcpy(keys + n * dim, q, (size_t)dim * sizeof(float));
+                    continue;
+                }
+                for (int32_t i = 0; i < dim; i++)
+                    values[n * dim + i] = i % (dim / 2) < o->pairs ? 0.0f : q[i] * k_norm[i];
+                __builtin_memcpy(keys + n * l->key_dim, q, (size_t)o->pairs * sizeof(float));
+                __builtin_memcpy(keys + n * l->key_dim + o->pairs, q + dim / 2, (size_t)o->pairs * sizeof(float));
+            }
+        }
+        a.sequence = &c->sequences[sequence];
+        const int32_t real = n;
+        for (; n & (n - 1); n++) {      /* up to a power of two with rows that see nothing */
+            a.first[n] = 0;
+            a.last[n] = -1;
+            __builtin_memset(keys + n * l->key_dim, 0, (size_t)l->key_dim * sizeof(float));
+            if (o->from_values) __builtin_memset(values + n * dim, 0, (size_t)dim * sizeof(float));
+        }
+        a.rows = n;
+        for (int32_t r = 0; r < n; r++) {
+            a.top[r] = -INFINITY;
+            a.sum[r] = 0;
+            __builtin_memset(a.out + r * dim, 0, (size_t)dim * sizeof(float));
+        }
+        if (l->type == TYPE_F32) K(blocks_F32)(&a, c, first, last);
+        else if (l->type == TYPE_F16) K(blocks_F16)(&a, c, first, last);
+        else if (l->type == TYPE_BF16) K(blocks_BF16)(&a, c, first, last);
+        else K(blocks_Q8_0)(&a, c, first, last);
+        for (int32_t r = 0; r < real; r++) {
+            float *y = (float *)buffer_row(c, o->out, begin + r / heads) + (head0 + r % heads) * dim;
+            for (int32_t i = 0; i < dim; i++) y[i] = a.out[r * dim + i] / a.sum[r];
+        }
+    }
+}

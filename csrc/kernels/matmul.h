@@ -1,0 +1,228 @@
+/* y = x . W' for every weight type, for one token or a thousand.
+ *
+ * Sixteen rows of W are unpacked into a panel, lane = row, straight from the mapped blocks: unsigned bytes with scales
+ * per group of 16 or 32, or floats. A panel then meets tiles of tokens from cache. Every (row, token) sum runs in the
+ * order of k, an exact integer dot and one fused multiply-add a group, so its bits depend on neither the tile, the
+ * stretch, the thread, nor the instruction set.
+ */
+
+enum {
+    PANEL_BYTES = STRETCH_COLS * LANES,             /* q, or floats of a quarter of the columns */
+    GROUP_FLOATS = STRETCH_COLS / 16 * LANES,
+    PANELS = STRETCH_ROWS / LANES,
+    MOST_TOKENS = 512,                              /* of one call's pointers */
+    TILE_BATCH = 60,                                /* tokens whose result pointers are laid out at a time */
+};
+
+typedef struct {
+    uint8_t *q;         /* [cols / 4][LANES][4], or f32 [cols][LANES] */
+    float   *scale;     /* [groups][LANES] */
+    float   *minimum;   /* [groups][LANES] */
+} panel;
+
+/* Columns of a float panel: floats take four times the room. */
+static inline int64_t K(stretch_cols)(int32_t type) {
+    return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 ? STRETCH_COLS / 4 : STRETCH_COLS;
+}
+
+/* -- Panels: unpack(row 0 at column 0, bytes from row to row, rows that exist, columns, panel) ------ */
+
+#define QUANT(name, NAME, values, group, bias, most, minima)                                                          \
+    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+        enum { GROUPS = (values) / (group) };                                                                         \
+        for (int64_t k = 0; k < cols; k += 256) {                                                                     \
+            _Alignas(64) uint8_t q[LANES][256];                                                                       \
+            const int64_t wide = cols - k < 256 ? cols - k : 256;                                                     \
+            const int64_t at = k / (values) * (int64_t)sizeof(block_##name);                                          \
+            for (int r = 0; r < LANES; r++) {                                                                         \
+                const block_##name *b = (const block_##name *)(w + (r < rows ? r : 0) * stride + at);                 \
+                for (int64_t v = 0; v < wide; v += (values), b++) {                                                   \
+                    float scale[GROUPS], minimum[GROUPS];                                                             \
+                    K(decode_##name)(b, q[r] + v, scale, minimum);                                                    \
+                    const int64_t g = (k + v) / (group);                                                              \
+                    for (int i = 0; i < GROUPS; i++) p.scale[(g + i) * LANES + r] = scale[i];                         \
+                    if (minima) for (int i = 0; i < GROUPS; i++) p.minimum[(g + i) * LANES + r] = minimum[i];         \
+                }                                                                                                     \
+                for (int64_t n = 0; n < wide * (int64_t)sizeof(block_##name) / (values); n += 64)                     \
+                    K(prefetch)(next + (at * LANES + r * wide * (int64_t)sizeof(block_##name) / (values)) + n);       \
+            }                                                                                                         \
+            for (int64_t v = 0; v < wide; v += 64)                                                                    \
+                K(transpose)(q[0] + v, 256, p.q + (k + v) * LANES, wide - v >= 64 ? 16 : 8);                          \
+        }                                                                                                             \
+    }
+#include "../quants.def"
+#undef QUANT
+#ifdef OWN_UNPACK
+#include OWN_UNPACK
+#endif
+
+#define FLOATS(name, value, load)                                                                                     \
+    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+        float *out = (float *)p.q;                                                                                    \
+        for (int64_t k = 0; k < cols; k += 16) {                                                                      \
+            _Alignas(64) float lines[LANES][LANES];                                                                   \
+            for (int r = 0; r < LANES; r++) {                                                                         \
+                const uint8_t *row = w + (r < rows ? r : 0) * stride;                                                 \
+                K(store)(lines[r], load);                                                                             \
+                K(prefetch)(next + (r * cols + k) * (int64_t)sizeof(value));                                     \
+            }                                                                                                         \
+            K(transpose)((const uint8_t *)lines, 64, (uint8_t *)(out + k * LANES), 16);                               \
+        }                                                                                                             \
+    }
+FLOATS(f32, float, K(load)((const float *)row + k))
+FLOATS(f16, f16, K(load_f16)((const f16 *)row + k))
+FLOATS(bf16, bf16, K(load_bf16)((const bf16 *)row + k))
+#undef FLOATS
+
+/* -- Tiles: a panel against some tokens; the sums so far are in y --------------------------------------- */
+
+static INLINE void K(tile_floats)(const int tokens, panel p, const float *const *x, float *const *y, int64_t k0,
+                                  int64_t cols) {
+    const float *w = (const float *)p.q;
+    vf sum[12];
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++) sum[t] = k0 ? K(load)(y[t]) : K(zero)();
+    for (int64_t k = 0; k < cols; k++) {
+        const vf column = K(load)(w + k * LANES);
+#pragma GCC unroll 12
+        for (int t = 0; t < tokens; t++) sum[t] = K(fma)(column, K(set1)(x[t][k0 + k]), sum[t]);
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++) K(store)(y[t], sum[t]);
+}
+
+static INLINE void K(tile_groups)(const int tokens, const int group, const int bias, const int most, const int minima,
+                                  panel p, const block_a8 *const *x, float *const *y, int64_t k0, int64_t cols) {
+    vf sum[12];
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++) sum[t] = k0 ? K(load)(y[t]) : K(zero)();
+    for (int64_t b = 0; b < cols / 32; b++) {
+        const uint8_t *w = p.q + b * 32 * LANES;
+        const float *scale = p.scale + b * (32 / group) * LANES, *minimum = p.minimum + b * (32 / group) * LANES;
+#pragma GCC unroll 12
+        for (int t = 0; t < tokens; t++) {
+            const block_a8 *a = x[t] + k0 / 32 + b;
+            const vf d = K(set1)(a->d);
+            if (group == 32) {
+                const vi dot = K(dot)(w, a->qs, 8, bias, most, a->minus_sum);
+                sum[t] = K(fma)(K(to_float)(dot), K(mul)(K(load)(scale), d), sum[t]);
+                if (minima) sum[t] = K(fma)(K(load)(minimum), K(set1)(a->dsum), sum[t]);
+            } else {
+                const int32_t half[2] = {a->minus_half, a->minus_sum - a->minus_half};
+#pragma GCC unroll 2
+                for (int h = 0; h < 2; h++) {
+                    const vi dot = K(dot)(w + 16 * LANES * h, a->qs + 16 * h, 4, bias, most, half[h]);
+                    sum[t] = K(fma)(K(to_float)(dot), K(mul)(K(load)(scale + LANES * h), d), sum[t]);
+                    if (minima) {
+                        const vf dsum = K(set1)(a->d * (float)-half[h]);
+                        sum[t] = K(fma)(K(load)(minimum + LANES * h), dsum, sum[t]);
+                    }
+                }
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++) K(store)(y[t], sum[t]);
+}
+
+#define TILES(name, call)                                                                                             \
+    static void K(tiles_##name)(panel p, const void *const *xs, float *const *y, int64_t tokens, int64_t k0, int64_t cols) { \
+        int64_t t = 0;                                                                                                \
+        for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS) call(TILE_TOKENS);                                        \
+        for (; t + 4 <= tokens; t += 4) call(4);                                                                      \
+        for (; t < tokens; t++) call(1);                                                                              \
+    }
+#define FLOAT_TILE(n) K(tile_floats)(n, p, (const float *const *)xs + t, y + t, k0, cols)
+TILES(floats, FLOAT_TILE)
+#define QUANT(name, NAME, values, group, bias, most, minima)                                                          \
+    static void K(tiles_##name)(panel p, const void *const *xs, float *const *y, int64_t tokens, int64_t k0, int64_t cols) { \
+        const block_a8 *const *x = (const block_a8 *const *)xs;                                                       \
+        int64_t t = 0;                                                                                                \
+        for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS)                                                           \
+            K(tile_groups)(TILE_TOKENS, group, bias, most, minima, p, x + t, y + t, k0, cols);                        \
+        for (; t + 4 <= tokens; t += 4) K(tile_groups)(4, group, bias, most, minima, p, x + t, y + t, k0, cols);      \
+        for (; t < tokens; t++) K(tile_groups)(1, group, bias, most, minima, p, x + t, y + t, k0, cols);              \
+    }
+#include "../quants.def"
+#undef QUANT
+#undef FLOAT_TILE
+#undef TILES
+
+/* -- All types by number ----------------------------------------------------------------------------------- */
+
+typedef struct {
+    void (*unpack)(const uint8_t *, int64_t, int, int64_t, panel, const uint8_t *);
+    void (*tiles)(panel, const void *const *, float *const *, int64_t, int64_t, int64_t);
+} K(matmul_kernel);
+
+static const K(matmul_kernel) K(matmul_kernels)[TYPE_COUNT] = {
+    [TYPE_F32] = {K(unpack_f32), K(tiles_floats)},
+    [TYPE_F16] = {K(unpack_f16), K(tiles_floats)},
+    [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats)},
+#define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name)},
+#include "../quants.def"
+#undef QUANT
+};
+
+/* Weight rows first ... first + rows (at most STRETCH_ROWS) against `tokens` rows x; y[t] points at the first result. */
+static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, const void *const *x, float *const *y,
+                              int64_t tokens, uint8_t *scratch) {
+    const K(matmul_kernel) kernel = K(matmul_kernels)[w->type];
+    const int64_t stride = row_bytes(w->type, w->cols), most = K(stretch_cols)(w->type);
+    const uint8_t *base = (const uint8_t *)(uintptr_t)w->data + first * stride;
+    const int together = tokens > LANES ? STRETCH_ROWS / LANES : 1;
+    float *groups = (float *)(scratch + PANELS * PANEL_BYTES);
+    float *spare = groups + 2 * PANELS * GROUP_FLOATS;
+    float *at[TILE_BATCH];
+    for (int64_t r0 = 0; r0 < rows; r0 += together * LANES) {
+        for (int64_t k0 = 0; k0 < w->cols; k0 += most) {
+            const int64_t cols = w->cols - k0 < most ? w->cols - k0 : most;
+            const int left = (int)((rows - r0 + LANES - 1) / LANES), panels = left < together ? left : together;
+            panel p[PANELS];
+            for (int i = 0; i < panels; i++) {
+                const int64_t r = r0 + i * LANES;
+                p[i] = (panel){scratch + i * PANEL_BYTES, groups + 2 * i * GROUP_FLOATS, groups + (2 * i + 1) * GROUP_FLOATS};
+                const int64_t before = row_bytes(w->type, k0);
+                const int valid = rows - r < LANES ? (int)(rows - r) : LANES;
+                /* The next panel is one contiguous region: it is fetched as one stream, a share with each stretch. */
+                const uint8_t *next = base + (r + LANES) * stride + LANES * before;
+                kernel.unpack(base + r * stride + before, stride, valid, cols, p[i], next);
+            }
+            for (int64_t t0 = 0; t0 < tokens; t0 += TILE_BATCH) {
+                const int64_t n = tokens - t0 < TILE_BATCH ? tokens - t0 : TILE_BATCH;
+                for (int i = 0; i < panels; i++) {
+                    const int64_t r = r0 + i * LANES;
+                    if (rows - r >= LANES) {
+                        for (int64_t t = 0; t < n; t++) at[t] = y[t0 + t] + r;
+                        kernel.tiles(p[i], x + t0, at, n, k0, cols);
+                        continue;
+                    }
+                    /* The last rows of a matrix whose height is no multiple of 16 end in a spare row. */
+                    const size_t bytes = (size_t)(rows - r) * sizeof(float);
+                    for (int64_t t = 0; t < n; t++) {
+                        at[t] = spare + t * LANES;
+                        if (k0) __builtin_memcpy(at[t], y[t0 + t] + r, bytes);
+                    }
+                    kernel.tiles(p[i], x + t0, at, n, k0, cols);
+                    for (int64_t t = 0; t < n; t++) __builtin_memcpy(y[t0 + t] + r, at[t], bytes);
+                }
+            }
+        }
+    }
+}
+
+static void K(matmul)(const op *o, const context *c, int32_t chunk) {
+    const weight *w = &c->weights[o->weight[0]];
+    const int32_t tokens = rows_of(o, c), share = matmul_share(w, tokens);
+    const int64_t first = (int64_t)chunk * share, rows = w->rows - first < share ? w->rows - first : share;
+    const void **x = (const void **)c->scratch;
+    float **y = (float **)(x + MOST_TOKENS);
+    for (int32_t t0 = 0; t0 < tokens; t0 += MOST_TOKENS) {
+        const int32_t n = tokens - t0 < MOST_TOKENS ? tokens - t0 : MOST_TOKENS;
+        for (int32_t t = 0; t < n; t++) {
+            x[t] = buffer_row(c, o->in[0], t0 + t);
+            y[t] = (float *)buffer_row(c, o->out, t0 + t) + first;
+        }
+        K(matmul_stretch)(w, first, rows, x, y, n, (uint8_t *)(y + MOST_TOKENS));
+    }
+}

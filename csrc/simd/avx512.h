@@ -1,0 +1,78 @@
+/* Sixteen lanes in one register: AVX-512 F, BW, VL, DQ, VNNI, VBMI. */
+#include <immintrin.h>
+
+typedef __m512 vf;
+typedef __m512i vi;
+
+static INLINE vf K(zero)(void) { return _mm512_setzero_ps(); }
+static INLINE vf K(set1)(float x) { return _mm512_set1_ps(x); }
+static INLINE vf K(load)(const float *p) { return _mm512_loadu_ps(p); }
+static INLINE void K(store)(float *p, vf x) { _mm512_storeu_ps(p, x); }
+static INLINE vf K(mul)(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static INLINE vf K(fma)(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static INLINE vf K(to_float)(vi x) { return _mm512_cvtepi32_ps(x); }
+static INLINE vf K(load_f16)(const f16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static INLINE vf K(load_bf16)(const bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static INLINE vf K(load_i8)(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+/* Sixteen rows' dot products of `dwords` x 4 unsigned weights with the same signed activations, from bias * minus_sum on. */
+static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias, int most, int32_t minus_sum) {
+    (void)most;
+    vi sum = bias ? _mm512_slli_epi32(_mm512_set1_epi32(minus_sum), __builtin_ctz(bias | 256)) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int j = 0; j < dwords; j++) {
+        int32_t quad;
+        __builtin_memcpy(&quad, x + 4 * j, 4);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(w + 64 * j), _mm512_set1_epi32(quad));
+    }
+    return sum;
+}
+
+/* Rows of 64 bytes, `stride` apart, become 16 lines of 16 dwords: line j holds dword j of every row. */
+static INLINE void K(transpose_zmm)(vi r[16]) {
+    vi t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
+    vi r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows + i * stride);
+    K(transpose_zmm)(r);
+    if (count == 16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) _mm512_store_si512(lines + 64 * i, r[i]);
+    } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) _mm512_store_si512(lines + 64 * i, r[i]);
+    }
+}
+static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }
