@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma4q.gguf.strings import StringArray, string_array
+
 PACK = Path(__file__).parent / "data" / "gemma-4-vocab.xz"
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "gemma-4-vocab.gguf"
 
@@ -66,3 +68,16 @@ def merges(tokens: list[str], early: list[int]) -> list[tuple[str, str]]:
     first = [pair for token in sorted(early_ids) for pair in halves(tokens[token])]
     first.sort(key=lambda pair: (-len(pair[0]), -len(pair[1])))
     return first + [pair for token, text in enumerate(tokens) if token not in early_ids for pair in halves(text)]
+
+
+def small_vocabulary(tokens: Iterable[str | bytes], merges: Iterable[str | bytes], /, **more) -> dict:
+    """Metadata of a vocabulary: `<eos>`, `<bos>`, the 256 byte tokens and these; `more` replaces or adds keys."""
+    named = ["<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256)), *tokens]
+    keys = {"model": "gemma4", "tokens": strings(named), "merges": strings(merges), **more}
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
+
+
+def strings(texts: Iterable[str | bytes]) -> StringArray:
+    """A string array as the reader finds it in a file."""
+    raw = [text.encode() if isinstance(text, str) else text for text in texts]
+    return string_array(np.frombuffer(records(raw), np.uint8), 0, len(raw), "a test")
