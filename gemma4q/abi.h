@@ -33,9 +33,9 @@ typedef struct { uint8_t e; uint8_t qs[16]; } block_mxfp4;                      
 /* Activations as the integer kernels read them: 32 values, x = d q. */
 typedef struct {
     float   d;
-    float   dsum;       /* d times sum, rounded once: what a format with minima multiplies them by */
-    int32_t sum;        /* of all 32 q */
-    int16_t half[2];    /* of each 16 q */
+    float   dsum;       /* d times the sum of q, rounded once: what a format with minima multiplies them by */
+    int32_t minus_sum;  /* of all 32 q; negative, since unsigned weights q + bias start their sum at bias times this */
+    int32_t minus_half; /* of the first 16 q */
     int8_t  qs[32];
 } block_a8;
 
@@ -54,7 +54,8 @@ typedef enum {
     OP_ADD,         /* out = (a + b) * scale */
     OP_SCALE,       /* out = in * weight[0] */
     OP_GELU_MUL,    /* out = gelu(a) * b[part * width ...] */
-    OP_ROPE,        /* half-split pairs of every head turned by position */
+    OP_ANGLES,      /* out = cosines, then sines, of position * base^(-2i / size) / weight[i], `pairs` of each */
+    OP_ROPE,        /* the first `pairs` half-split pairs of every head turned by the angles of in[1] */
     OP_QUANTIZE,    /* out (A8) = in (F32) */
     OP_MATMUL,      /* out = in . weight' */
     OP_STORE_KV,    /* keys and values into the pages of kv_layer */

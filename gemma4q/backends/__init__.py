@@ -22,7 +22,7 @@ class TensorData(Protocol):
     shape: tuple[int, ...]
     data: np.ndarray
     fileno: int
-    file_offset: int
+    offset: int
 
 
 @dataclass(frozen=True)

@@ -168,14 +168,18 @@ class ReferenceSession:
         y = runs / np.sqrt((runs**2).mean(-1, keepdims=True) + np.float32(op.args["eps"]))
         return (y * (np.float32(1) if w is None else w) * np.float32(op.args["scale"])).reshape(x.shape)
 
-    def rope(self, op: Op, x, factors=None):
-        dims, pairs, head = op.args["size"], op.args["pairs"], op.args["head_dim"]
-        frequency = float(np.float32(op.args["base"])) ** (-np.arange(0, 2 * pairs, 2) / dims)
-        angle = self._rows(op)["position"][:, None] * (frequency / (1 if factors is None else factors[:pairs]))
-        cos, sin = np.cos(angle)[:, None].astype(np.float32), np.sin(angle)[:, None].astype(np.float32)
-        y = x.reshape(len(x), -1, head).copy()
-        a, b = y[..., :pairs].copy(), y[..., dims // 2 : dims // 2 + pairs].copy()
-        y[..., :pairs], y[..., dims // 2 : dims // 2 + pairs] = a * cos - b * sin, b * cos + a * sin
+    def angles(self, op: Op, factors=None):
+        frequency = float(np.float32(op.args["base"])) ** (-np.arange(0, 2 * op.args["pairs"], 2) / op.args["size"])
+        frequency = frequency / (1 if factors is None else factors[: op.args["pairs"]].astype(np.float64))
+        angle = self._rows(op)["position"][:, None] * frequency
+        return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+
+    def rope(self, op: Op, x, angles):
+        half, pairs = op.args["size"] // 2, op.args["pairs"]
+        cos, sin = np.split(angles[:, None], 2, axis=-1)
+        y = x.reshape(len(x), -1, op.args["head_dim"]).copy()
+        a, b = y[..., :pairs].copy(), y[..., half : half + pairs].copy()
+        y[..., :pairs], y[..., half : half + pairs] = a * cos - b * sin, b * cos + a * sin
         return y.reshape(x.shape)
 
     def _slots(self, op: Op, sequence, positions):

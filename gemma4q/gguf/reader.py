@@ -37,7 +37,7 @@ class Tensor:
 
     `type` is an `abi.TensorType`, or ggml's number for a type gemma4q cannot compute with. `shape` has the slowest
     dimension first: a matrix is [rows, cols]. `data` is uint8 [nbytes] over the mapped file, from byte `offset` of file
-    number `file` on.
+    number `file` on; `fileno` is that file's descriptor.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Tensor:
     file: int
     offset: int
     data: np.ndarray
+    fileno: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +160,9 @@ class _Part:
                 raise Gemma4qError("out_of_file", f"{name} ends {missing:,} bytes past the file: it is cut short")
             end = -(-(offset + size) // alignment) * alignment
             data = self.source.bytes[start + offset : start + offset + size]
-            self.tensors[name] = Tensor(name, tensor_type, shape, self.number, start + offset, data)
+            self.tensors[name] = Tensor(
+                name, tensor_type, shape, self.number, start + offset, data, self.source.fileno
+            )
         self.tensors = {info[0]: self.tensors[info[0]] for info in infos}
 
     def header(self) -> tuple[int, int]:

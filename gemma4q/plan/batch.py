@@ -8,6 +8,7 @@ import numpy as np
 from ..abi import PAGE, RowFlag, dtype
 
 HEADER, ROW, SEQUENCE, BIAS = dtype("batch"), dtype("batch_row"), dtype("batch_sequence"), dtype("logit_bias")
+NO_BIAS = np.zeros(0, BIAS)
 WANTS = RowFlag.WANT_LOGITS | RowFlag.WANT_TOP | RowFlag.WANT_HIDDEN
 
 
@@ -97,7 +98,7 @@ class Batch:
                 entry[name] = at["page"]
                 self.pages[at["page"] : at["page"] + len(pages)] = pages
                 at["page"] += len(pages)
-            bias = step.bias if step.bias is not None else ()
+            bias = step.bias if step.bias is not None else NO_BIAS
             entry["bias"], entry["biases"] = at["bias"], len(bias)
             self.biases[at["bias"] : at["bias"] + len(bias)] = bias
             at["bias"] += len(bias)

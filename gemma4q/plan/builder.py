@@ -26,6 +26,7 @@ class Builder:
         self.shapes, self.eps = shapes, eps
         self.ops: list[Op] = []
         self.kv: list[KV] = []
+        self.angles: dict[tuple[Rope, Space], Buffer] = {}
         self.layer = -1
 
     def has(self, tensor: str) -> bool:
@@ -62,10 +63,14 @@ class Builder:
         return self._op(OpCode.RMS_NORM, x.width, [x], weights, size=size or x.width, scale=scale, eps=eps or self.eps)
 
     def rope(self, x: Buffer, head_dim: int, rope: Rope) -> Buffer:
+        angles = self.angles.get((rope, x.space)) or self._angles(rope, x.space)
+        return self._op(OpCode.ROPE, x.width, [x, angles], head_dim=head_dim, size=rope.dims, pairs=rope.pairs)
+
+    def _angles(self, rope: Rope, space: Space) -> Buffer:
         weights = [rope.factors] if rope.factors else []
-        return self._op(
-            OpCode.ROPE, x.width, [x], weights, head_dim=head_dim, base=rope.base, size=rope.dims, pairs=rope.pairs
-        )
+        args = {"base": rope.base, "size": rope.dims, "pairs": rope.pairs}
+        self.angles[rope, space] = self._op(OpCode.ANGLES, 2 * rope.pairs, (), weights, space, **args)
+        return self.angles[rope, space]
 
     def store_kv(self, k: Buffer, v: Buffer, layer: int, head_dim: int, local: bool, from_values: int) -> None:
         """`from_values`: of k keep only this many rotated pairs, since the rest is v times attn_k_norm (0: keep k)."""
