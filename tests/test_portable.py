@@ -35,7 +35,7 @@ class File:
     shape: tuple[int, ...]
     data: np.ndarray
     fileno: int
-    file_offset: int
+    offset: int
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -113,7 +113,7 @@ def both(model, kv=TensorType.F32, threads=2):
 
 def prompt(tokens, start=0, pages=range(5), **more) -> Step:
     pages = np.array(pages, np.int32)
-    return Step(np.asarray(tokens), start, pages, pages[::-1] + 5, **{"bias": np.zeros(0, BIAS)} | more)
+    return Step(np.asarray(tokens), start, pages, pages[::-1] + 5, **more)
 
 
 def compare(sessions, steps: list[Step]):

@@ -155,7 +155,7 @@ class PortableSession(ReferenceSession):
         """Rows of a table read from the file one by one: it is never mapped, let alone held."""
         t = self.tensors[op.weights[0].tensor]
         size = row_bytes(t.type, t.shape[-1])
-        data = b"".join(os.pread(t.fileno, size, t.file_offset + int(token) * size) for token in tokens)
+        data = b"".join(os.pread(t.fileno, size, t.offset + int(token) * size) for token in tokens)
         if len(data) < size * len(tokens):
             self.result["status"], data = Status.MODEL_CHANGED, bytes(size * len(tokens))
         rows = np.frombuffer(data, np.uint8).reshape(len(tokens), size)
