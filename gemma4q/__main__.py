@@ -1,0 +1,5 @@
+"""`python -m gemma4q` is the command line."""
+
+from gemma4q.cli import main
+
+main()

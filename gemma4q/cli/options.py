@@ -1,0 +1,141 @@
+"""What several commands share: the shape of a command, and the options that say how to load and how to sample.
+
+Sampling options carry the names of the engine's; those not given are not passed on, so that defaults and limits are the
+engine's and the model file's alone.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import click
+
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+def _debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.obj["debug"] = True
+
+
+def command(**attributes) -> Callable:
+    """A subcommand; all of them take --debug, also after their name."""
+    debug = click.option(
+        "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show a traceback when something fails."
+    )
+    return lambda function: click.command(context_settings=HELP, **attributes)(debug(function))
+
+
+def together(*options: Callable) -> Callable:
+    """Several click options as one decorator, in this order in the help."""
+
+    def apply(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+class Bias(click.ParamType):
+    """`ID+BIAS` or `ID-BIAS`, as llama.cpp spells it; a bias of `-inf` forbids the token."""
+
+    name = "ID+BIAS"
+
+    def convert(self, value, param, ctx) -> tuple[int, float]:
+        found = re.fullmatch(r"(\d{1,9})([+-](?:inf|\d+(?:\.\d*)?))", value)
+        if not found:
+            self.fail(f"{value!r} is not of the form 15043+1 or 15043-inf", param, ctx)
+        return int(found[1]), float(found[2])
+
+
+class Setting(NamedTuple):
+    """A sampling option: the engine's name, its spellings, its type, and what it does."""
+
+    name: str
+    flags: tuple[str, ...]
+    type: click.ParamType | type
+    help: str
+    multiple: bool = False
+
+
+SAMPLING = (
+    Setting(
+        "max_tokens", ("-n", "--predict", "--n-predict"), int, "Tokens to answer with at most; -1: until it is done."
+    ),
+    Setting(
+        "temperature", ("--temp", "--temperature"), float, "How far from the likeliest; 0: always the likeliest token."
+    ),
+    Setting("top_k", ("--top-k",), int, "Choose among this many of the likeliest; 0: all."),
+    Setting("top_p", ("--top-p",), float, "Choose among the likeliest that hold this much probability."),
+    Setting("min_p", ("--min-p",), float, "Drop what is less likely than this share of the likeliest."),
+    Setting(
+        "typical_p", ("--typical",), float, "Choose among the most typical that hold this much probability; 1: off."
+    ),
+    Setting(
+        "xtc_probability", ("--xtc-probability",), float, "How often to drop all likely tokens but the last; 0: never."
+    ),
+    Setting("xtc_threshold", ("--xtc-threshold",), float, "What XTC calls likely."),
+    Setting("dry_multiplier", ("--dry-multiplier",), float, "Penalty for going on as an earlier passage did; 0: none."),
+    Setting("dry_base", ("--dry-base",), float, "How that penalty grows with the length of the passage."),
+    Setting("dry_allowed_length", ("--dry-allowed-length",), int, "Passages up to this length repeat freely."),
+    Setting("dry_last_n", ("--dry-penalty-last-n",), int, "Look this many tokens back for passages."),
+    Setting("dry_breakers", ("--dry-sequence-breaker",), str, "Text that ends a passage; may be given often.", True),
+    Setting("repeat_penalty", ("--repeat-penalty",), float, "Divide the logits of recent tokens; 1: off."),
+    Setting("repeat_last_n", ("--repeat-last-n",), int, "How many tokens count as recent."),
+    Setting("presence_penalty", ("--presence-penalty",), float, "Subtract from the logits of recent tokens."),
+    Setting(
+        "frequency_penalty", ("--frequency-penalty",), float, "Subtract for each time a token is among the recent."
+    ),
+    Setting("logit_bias", ("-l", "--logit-bias"), Bias(), "Add to the logit of a token; may be given often.", True),
+    Setting("samplers", ("--samplers",), str, "The filters to use and their order, as `top_k;top_p;temperature`."),
+    Setting("seed", ("-s", "--seed"), int, "The same seed gives the same text; -1: a random one."),
+    Setting(
+        "stop", ("-r", "--stop", "--reverse-prompt"), str, "End the answer before this text; may be given often.", True
+    ),
+)
+
+
+def given(values: dict[str, object]) -> dict[str, object]:
+    """Takes the sampling options that were given out of a command's values, as the engine wants them."""
+    found = {setting.name: values.pop(setting.name) for setting in SAMPLING}
+    found = {name: value for name, value in found.items() if value not in (None, ())}
+    if bias := found.get("logit_bias"):
+        found["logit_bias"] = dict(bias)
+    return found
+
+
+model = click.argument("model", type=click.Path())
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+machine = together(
+    click.option(
+        "-c", "--ctx-size", "context", type=click.IntRange(min=0), help="Tokens of context; default: as many as fit."
+    ),
+    click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: the cores we may use."),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "native", "portable", "reference"]),
+        default="auto",
+        help="Who computes.",
+    ),
+    click.option("--isa", help="Use this instruction set (see `gemma4q doctor`), not the best one."),
+    click.option(
+        "--kv",
+        type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]),
+        default="auto",
+        help="Type of keys and values.",
+    ),
+)
+sampling = together(
+    *(click.option(*s.flags, s.name, type=s.type, multiple=s.multiple, help=s.help) for s in SAMPLING),
+    click.option("--ignore-eos", is_flag=True, help="Go on where the model would end."),
+    click.option("--no-token-mask", is_flag=True, help="Allow tokens that no answer contains, as <pad>."),
+)
+talk = together(
+    click.option("-sys", "--system", "--system-prompt", "system", help="What the model is told to be."),
+    click.option("--reasoning", type=click.Choice(["on", "off"]), default="on", help="Whether the model thinks first."),
+    click.option(
+        "--template-size", type=click.Choice(["small", "large"]), help="The template of E2B, E4B or of the others."
+    ),
+    click.option("--chat-template", help="`gguf`: the file's own template; or a file with one."),
+)

@@ -1,0 +1,59 @@
+"""Where a text comes from: the words of the command line, a file, what is piped in, or all of them in that order."""
+
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from ..errors import Gemma4qError
+
+LONGEST_BYTES = 256 << 20
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
+
+words = click.argument("words", metavar="[TEXT]...", nargs=-1)
+file = click.option("-f", "--file", "file", type=click.Path(), help="Read the text from this file.")
+
+
+def read_text(words: Sequence[str], file: str | None) -> str | None:
+    """The text given, its sources joined by a newline; None when there is none. Invalid UTF-8 becomes U+FFFD."""
+    parts = [" ".join(os.fsencode(word).decode("utf-8", "replace") for word in words)] if words else []
+    if file:
+        parts.append(_read(file))
+    if _piped() or not (parts or sys.stdin.isatty()):
+        parts.append(sys.stdin.read(LONGEST_BYTES))
+    return "\n".join(part for part in parts if part) if any(parts) else None
+
+
+def unescape(text: str) -> str:
+    r"""`\n`, `\t`, `\\` and so on as the characters they stand for; other backslashes stay."""
+    pieces = text.split("\\")
+    out, i = [pieces[0]], 1
+    while i < len(pieces):
+        piece = pieces[i]
+        if not piece and i + 1 < len(pieces):  # two backslashes: the next piece is plain
+            out += ["\\", pieces[i + 1]]
+            i += 2
+            continue
+        out.append(ESCAPES[piece[0]] + piece[1:] if piece and piece[0] in ESCAPES else "\\" + piece)
+        i += 1
+    return "".join(out)
+
+
+def _piped() -> bool:
+    """Whether stdin is a pipe or a file: a service's closed or idle stdin is not waited for."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # not a real file: a test's
+        return True
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _read(path: str) -> str:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise Gemma4qError("not_a_file", f"{path} is not a regular file")
+    if os.path.getsize(path) > LONGEST_BYTES:
+        raise Gemma4qError("too_big", f"{path} is larger than {LONGEST_BYTES >> 20} MiB")
+    return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,220 @@
+"""The command line as people and scripts meet it: what goes where, how it ends, and what one error looks like."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny import STR, U32, tiny
+
+from gemma4q.cli import COMMANDS, cli
+from gemma4q.cli.answer import Display
+from gemma4q.cli.prompt import unescape
+from gemma4q.cli.terminal import columns, harmless, human_bytes
+
+ERROR_LINE = re.compile(r"error: [a-z_0-9]+: .+\n")
+GEMMA4Q = [sys.executable, "-m", "gemma4q"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A tiny model that can chat: it has the tokens of a turn and a template."""
+    file = tiny()
+    file.set("tokenizer.chat_template", STR, "{{ messages }}")
+    file.set("general.name", STR, "evil \x1b[31m name")
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    path.write_bytes(file.bytes())
+    return str(path)
+
+
+def invoke(*arguments: str, stdin: str | None = None):
+    return CliRunner().invoke(cli, list(arguments), input=stdin)
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """The program itself, without a terminal."""
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60} | options
+    return subprocess.run([*GEMMA4Q, *arguments], **options)
+
+
+class TestHelp:
+    def test_of_the_program_names_every_command_as_the_command_itself_does(self):
+        listed = invoke("--help").stdout
+        for name, (_, purpose) in COMMANDS.items():
+            assert re.search(rf"{name} +{re.escape(purpose)}", listed)
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_of_a_command_shows_its_options(self, name):
+        for flag in ("-h", "--help"):
+            done = invoke(name, flag)
+            assert done.exit_code == 0 and f"Usage: gemma4q {name}" in done.stdout and not done.stderr
+
+    def test_comes_at_once(self):
+        def seconds() -> float:
+            start = time.perf_counter()
+            assert run("--help").returncode == 0
+            return time.perf_counter() - start
+
+        assert min(seconds() for _ in range(5)) < 0.3
+
+    def test_version(self):
+        assert re.fullmatch(r"\d+\.\d+\.\d+\n", invoke("--version").stdout)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "arguments",
+        [(), ("nonsense",), ("show",), ("show", "--nonsense", "x"), ("run", "x", "--top-k", "many"), ("plan",)],
+    )
+    def test_wrong_usage_is_exit_status_2(self, arguments):
+        done = invoke(*arguments, stdin="")
+        assert done.exit_code == 2 and not done.stdout and "Usage:" in done.stderr
+
+    @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])
+    def test_a_model_that_is_not_there_is_one_line_and_exit_status_1(self, name):
+        done = invoke(name, "no/such.gguf", stdin="1 2 3")
+        assert done.exit_code == 1
+        line = done.stdout if name == "check" else done.stderr
+        assert line == "error: not_found: no/such.gguf: there is no such file\n"
+
+    def test_control_characters_of_a_name_never_reach_the_terminal(self):
+        done = invoke("show", "\x1b[31m\nred")
+        assert "\x1b" not in done.output and done.stderr.count("\n") == 1
+
+    def test_debug_shows_the_traceback_before_or_after_the_command(self):
+        for arguments in (["--debug", "show", "nowhere"], ["show", "--debug", "nowhere"]):
+            done = run(*arguments)
+            assert done.returncode == 1 and b"Traceback" in done.stderr
+        assert b"Traceback" not in run("show", "nowhere").stderr
+
+    def test_a_defect_is_one_line_too(self, monkeypatch):
+        monkeypatch.setattr("gemma4q.gguf.reader.open_gguf", lambda path: 1 / 0)
+        done = invoke("show", "x")
+        assert (
+            done.exit_code == 1 and ERROR_LINE.fullmatch(done.stderr) and "internal: ZeroDivisionError" in done.stderr
+        )
+
+    def test_a_full_disk_is_one_line(self, model):
+        with open("/dev/full", "w") as full:
+            done = run("show", model, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+        assert done.returncode == 1 and done.stderr == b"error: io: No space left on device\n"
+
+    def test_closed_streams_do_no_harm(self, model):
+        for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+            command = f"exec {' '.join(GEMMA4Q)} show {model} {closed}"
+            done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+            assert done.returncode == 0 and not done.stderr
+
+    @pytest.mark.parametrize(
+        "setting", [{"LC_ALL": "C"}, {"LC_ALL": "tr_TR.ISO-8859-9"}, {"PYTHONOPTIMIZE": "2"}, {"TZ": "X"}]
+    )
+    def test_odd_surroundings_change_nothing(self, model, setting):
+        done = run("tokenize", model, "hi é", env=os.environ | setting)
+        assert done.returncode == 0 and done.stdout == run("tokenize", model, "hi é").stdout
+
+    def test_a_reader_that_leaves_a_pipe_is_no_error(self, model):
+        shell = f"{' '.join(GEMMA4Q)} show --tensors {model} | head -1"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, timeout=60)
+        assert done.stdout.startswith(b"/") and done.stdout.count(b"\n") == 1 and not done.stderr
+
+
+class TestShow:
+    def test_prints_metadata_types_and_tensors(self, model):
+        text = invoke("show", model, "--tensors").stdout
+        assert re.search(r"gemma4\.block_count +4\n", text)
+        assert re.search(r"tokenizer\.ggml\.merges +4 values: h i, ▁ h, ▁h i, …\n", text)
+        assert re.search(r"blk\.0\.attn_q\.weight +Q8_0 +32 x 64 ", text)
+
+    def test_escapes_what_the_file_says(self, model):
+        for arguments in ([], ["--json"], ["--template"]):
+            assert "\x1b" not in invoke("show", model, *arguments).stdout
+        assert r"evil \x1b[31m name" in invoke("show", model).stdout
+
+    def test_json_is_one_object(self, model):
+        shown = json.loads(invoke("show", model, "--json").stdout)
+        assert shown["metadata"]["gemma4.block_count"] == 4
+        assert shown["metadata"]["tokenizer.ggml.merges"] == {"count": 4, "first": ["h i", "▁ h", "▁h i"]}
+        assert sum(shown["types"].values()) == shown["bytes"] == sum(tensor["bytes"] for tensor in shown["tensors"])
+
+    def test_prints_the_template_alone(self, model):
+        assert invoke("show", model, "--template").stdout == "{{ messages }}\n"
+
+
+class TestCheck:
+    def test_says_so_when_nothing_is_wrong(self, model):
+        done = invoke("check", model)
+        assert done.exit_code == 0 and done.stdout == "no faults\n"
+
+    def test_prints_every_fault_in_a_line_and_ends_with_status_1(self, tmp_path):
+        file = tiny()
+        file.set("gemma4.attention.sliding_window", U32, 0)
+        file.set("tokenizer.ggml.bos_token_id", U32, 10_000)
+        (tmp_path / "bad.gguf").write_bytes(file.bytes())
+        done = invoke("check", str(tmp_path / "bad.gguf"))
+        assert done.exit_code == 1
+        assert {line.split(":")[1] for line in done.stdout.splitlines()} == {" bad_hparam", " bad_tokenizer"}
+        found = json.loads(invoke("check", "--json", str(tmp_path / "bad.gguf")).stdout)
+        assert found["faults"] == 2 == len(found["findings"])
+
+
+class TestTokens:
+    def test_text_becomes_tokens_and_text_again(self, model):
+        assert invoke("tokenize", model, "hi", "hi\tö").stdout.split("\n")[0].endswith("'hi'")
+        ids = invoke("tokenize", model, "--ids", stdin="hi hi\tö").stdout
+        assert invoke("detokenize", model, stdin=f"[{ids.strip().replace(' ', ', ')}]").stdout == "hi hi\tö\n"
+
+    def test_special_tokens_count_only_when_asked_for(self, model):
+        plain, special = (
+            invoke("tokenize", model, "--ids", *more, "<turn|>", stdin="").stdout for more in ([], ["--special"])
+        )
+        assert special == "6\n" and len(plain.split()) == 7
+
+    def test_json(self, model):
+        found = json.loads(invoke("tokenize", model, "--json", "--bos", "hi", stdin="").stdout)
+        assert found["pieces"] == ["<bos>", "hi"] and found["ids"][0] == 2
+
+    @pytest.mark.parametrize("ids", ["-1", "1000000", "99999999999999999999999", "one", "1.5"])
+    def test_what_is_no_token_is_refused(self, model, ids):
+        done = invoke("detokenize", model, "--", ids, stdin="")
+        assert done.exit_code == 1 and done.stderr.startswith("error: bad_token: ")
+
+    def test_the_prompt_is_shown_as_the_model_reads_it(self, model):
+        done = invoke("template", model, "hi <turn|>", "--reasoning", "off", "-sys", "be kind", stdin="")
+        wanted = "<bos><|turn>system\nbe kind<turn|>\n<|turn>user\nhi <turn|><turn|>\n<|turn>model\n"
+        assert done.stdout == wanted + "\n"
+
+    def test_a_conversation_can_be_rendered(self, model):
+        talk = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+        done = invoke("template", model, "--messages", "--reasoning", "off", stdin=json.dumps(talk))
+        assert "<|turn>model\nb<turn|>\n<|turn>user\nc<turn|>\n" in done.stdout
+        for wrong in ("{", "{}", '[{"role": "nobody", "content": ""}]', "[" * 100_000):
+            refused = invoke("template", model, "--messages", stdin=wrong)
+            assert refused.exit_code == 1 and refused.stderr.startswith("error: bad_message: ")
+
+
+class TestText:
+    def test_escapes(self):
+        assert unescape(r"a\nb\t\\n\q\"") == 'a\nb\t\\n\\q"'
+        assert unescape("end\\") == "end\\"
+
+    def test_output_cannot_drive_a_terminal(self):
+        assert harmless("a\x1b[2J\x07b\n\tc\x9b") == "a[2Jb\n\tc"
+
+    def test_sizes(self):
+        assert [human_bytes(n) for n in (0, 1023, 1024, 5 << 30)] == ["0 bytes", "1,023 bytes", "1.00 KiB", "5.00 GiB"]
+
+    def test_columns(self):
+        assert columns([("a", 1), ("bcd", 22)], right=(1,)) == "a     1\nbcd  22"
+        assert columns([]) == ""
