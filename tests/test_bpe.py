@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from vocab import gemma_vocabulary, small_vocabulary
 
 from gemma4q import abi
+from gemma4q.errors import Gemma4qError
+from gemma4q.gguf.reader import open_gguf
 from gemma4q.text.tokenizer import Tokenizer
 
 BOTH = [True] if abi.lib is None else [True, False]  # whether Python merges
@@ -45,6 +47,8 @@ def by_the_book(metadata: dict, text: str) -> list[int]:
 @example(({"a", "▁"}, ["a ▁", "a▁ a"]), ["a a a", "aa a"])  # products that are no tokens, across a space
 @example(({"a", "aa", "aaa"}, ["a a", "aa a", "a aa"]), ["a" * n for n in range(1, 70)])
 @example(({"a", "b", "ab"}, ["b a", "a b"]), ["ab" * 40])
+@example(({"a", "b", "é", "ab", "bé"}, ["a b", "b é", "a b"]), ["abé", "abé" * 20])  # the first of equal merges counts
+@example(({"\n", "\n\n\n"}, []), ["a\n\n\nb", "\n\n"])  # a run of newlines needs no merges
 def test_c_and_python_merge_as_the_rule_says(vocabulary, texts):
     metadata = small_vocabulary(*vocabulary)
     expected = [by_the_book(metadata, text) for text in texts]
@@ -60,6 +64,18 @@ def test_what_was_encoded_decodes_to_the_text(vocabulary, texts):
         assert tokenizer.decode(tokenizer.encode(text)).replace("▁", " ") == text.replace("▁", " ")
 
 
+@given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.one_of(PAIRS, st.binary(max_size=4)), max_size=4))
+def test_c_and_python_complain_of_the_same_string(tokens, merges):
+    complaints = set()
+    for python in BOTH:
+        try:
+            Tokenizer(small_vocabulary(tokens, merges), python)
+            complaints.add(None)
+        except Gemma4qError as error:
+            complaints.add(str(error))
+    assert len(complaints) == 1
+
+
 @pytest.mark.parametrize("python", BOTH)
 def test_a_merge_across_a_space_is_found_where_the_vocabulary_has_one(python):
     """No place before a space is taken for a border unless this vocabulary's merges allow it."""
@@ -72,14 +88,9 @@ def test_a_merge_across_a_space_is_found_where_the_vocabulary_has_one(python):
 
 def test_gemma_has_two_characters_that_join_a_following_space():
     """What makes its words short: within a line, no merge crosses the place before a space but after these two."""
-    merges = Tokenizer.from_gguf(gemma_vocabulary()) and _merges()
-    assert {left[-1] for left, right in merges if right[0] == "▁"} == {"▁", ">"}
-
-
-def _merges() -> list[list[str]]:
-    from gemma4q.gguf.reader import open_gguf
-
-    return [entry.decode().split(" ") for entry in open_gguf(gemma_vocabulary()).metadata["tokenizer.ggml.merges"]]
+    merges = open_gguf(gemma_vocabulary()).metadata["tokenizer.ggml.merges"]
+    pairs = [entry.decode().split(" ") for entry in merges]
+    assert {left[-1] for left, right in pairs if right[0] == "▁"} == {"▁", ">"}
 
 
 @pytest.mark.parametrize("python", BOTH)
@@ -106,7 +117,8 @@ def test_vocabularies_of_many_unknown_products_are_read(python):
 @pytest.mark.skipif(abi.lib is None, reason="there is no C code")
 def test_invalid_bytes_reach_c_as_replacements():
     tokenizer = Tokenizer(small_vocabulary(["a", "\ufffd"], []))
-    for data in (b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"a\xe2\x82", os.urandom(50)):
+    overlong = (b"\xc0\x80", b"\xe0\x80\x80", b"\xf0\x80\x80\x80")
+    for data in (*overlong, b"\xff", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"a\xe2\x82", os.urandom(50)):
         as_text = data.decode("utf-8", "surrogateescape")
         clean = "".join("\ufffd" if "\udc80" <= c <= "\udcff" else c for c in as_text)
         assert _c_ids(tokenizer, data) == tokenizer.encode(clean) == tokenizer.encode(data)

@@ -4,6 +4,7 @@ import json
 import random
 import string
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,6 +168,13 @@ def test_ids_outside_the_vocabulary_are_refused(gemma):
                 tokenizer.decode([token])
 
 
+@needs_c
+def test_threads_share_one_tokenizer(gemma):
+    texts = [case["text"] * 20 for case in CASES]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(gemma[False].encode, texts)) == [gemma[False].encode(text) for text in texts]
+
+
 # -- Time ----------------------------------------------------------------------------------------------
 
 
@@ -219,8 +227,6 @@ FAULTS = {
     "no_tokens": ({"tokens": strings([])}, "bad_tokenizer"),
     "tokens_are_ints": ({"tokens": np.arange(300, dtype=np.int32)}, "bad_type"),
     "tokens_are_a_string": ({"tokens": "abc"}, "bad_type"),
-    "tokens_outside_the_file": ({"tokens": OUTSIDE}, "bad_tokenizer"),
-    "merges_of_negative_length": ({"merges": NEGATIVE}, "bad_tokenizer"),
     "no_merges_key": ({"merges": None}, "missing_key"),
     "merges_are_ints": ({"merges": np.arange(300, dtype=np.int32)}, "bad_type"),
     "merges_not_utf8": ({"merges": strings([b"a \xff"])}, "bad_tokenizer"),
@@ -260,6 +266,13 @@ def test_bad_metadata_is_refused(python, change, kind):
     with pytest.raises(Gemma4qError) as caught:
         Tokenizer(small_vocabulary(["a"], [], **change), python)
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("python", BOTH)
+def test_strings_outside_the_file_are_not_read(python):
+    for change, where in (({"tokens": OUTSIDE}, "token 1"), ({"merges": NEGATIVE}, "merge 0")):
+        with pytest.raises(Gemma4qError, match=f"bad_tokenizer: .*{where} lies outside the file"):
+            Tokenizer(small_vocabulary([], [], **change), python)
 
 
 @pytest.mark.parametrize("python", BOTH)
