@@ -238,6 +238,34 @@ def tensor_entries() -> Iterator[Case]:
     yield edit("split_count_as_text", "bad_type", put("split.count", STR, "2"))
 
 
+# Key, kinds of error, U32 values that must end in one of them.
+OUT_OF_RANGE = (
+    ("block_count", "bad_hparam", (0, 513, 2**32 - 1)),
+    ("block_count", "bad_array", (LAYERS - 1, LAYERS + 1, 200)),
+    ("embedding_length", "bad_hparam", (0, 33, 2**32 - 1)),
+    ("embedding_length", "shape_mismatch", (2 * WIDTH, WIDTH // 2)),
+    ("feed_forward_length", "bad_hparam", (0, 100, 2**32 - 1)),
+    ("feed_forward_length", "shape_mismatch", (HIDDEN * 2,)),
+    ("attention.head_count", "bad_hparam", (0, 2**32 - 1, 3)),
+    ("attention.head_count", "shape_mismatch", (4,)),
+    ("attention.head_count_kv", "bad_hparam", (0, 3, 4, 2**32 - 1)),
+    ("attention.head_count_kv", "shape_mismatch", (2,)),
+    ("attention.key_length", "bad_hparam", (0, 31, 64, 2**32 - 1)),
+    ("attention.value_length", "bad_hparam", (0, 16, 2**32 - 1)),
+    ("attention.key_length_swa", "bad_hparam", (0, 15, 32, 2**32 - 1)),
+    ("attention.value_length_swa", "bad_hparam", (32,)),
+    ("attention.sliding_window", "bad_hparam", (0, 2**32 - 1)),
+    ("attention.shared_kv_layers", "bad_hparam", (LAYERS, 3, 100, 2**32 - 1)),
+    ("attention.shared_kv_layers", "missing_tensor", (0,)),
+    ("rope.dimension_count", "bad_hparam", (0, 4096, 31, 16)),
+    ("rope.dimension_count_swa", "bad_hparam", (0, 15, 32)),
+    ("context_length", "bad_hparam", (0, 2**32 - 1)),
+    ("expert_count", "bad_hparam", (4, 2**32 - 1)),
+    ("embedding_length_per_layer_input", "bad_hparam", (7, 2**32 - 1)),
+    ("embedding_length_per_layer_input", "shape_mismatch", (64,)),
+)
+
+
 def hyperparameters() -> Iterator[Case]:
     architecture = GENERAL + "architecture"
     yield edit("architecture_missing", "missing_key", drop(architecture))
@@ -246,31 +274,7 @@ def hyperparameters() -> Iterator[Case]:
     }.items():  # fmt: skip
         yield edit(f"architecture_{name}", "bad_arch", put(architecture, STR, value))
     yield edit("architecture_as_number", "bad_type", put(architecture, U32, 4))
-    for key, kinds, values in (
-        ("block_count", "bad_hparam", (0, 513, 2**32 - 1)),
-        ("block_count", "bad_array", (LAYERS - 1, LAYERS + 1, 200)),
-        ("embedding_length", "bad_hparam", (0, 33, 2**32 - 1)),
-        ("embedding_length", "shape_mismatch", (2 * WIDTH, WIDTH // 2)),
-        ("feed_forward_length", "bad_hparam", (0, 100, 2**32 - 1)),
-        ("feed_forward_length", "shape_mismatch", (HIDDEN * 2,)),
-        ("attention.head_count", "bad_hparam", (0, 2**32 - 1, 3)),
-        ("attention.head_count", "shape_mismatch", (4,)),
-        ("attention.head_count_kv", "bad_hparam", (0, 3, 4, 2**32 - 1)),
-        ("attention.head_count_kv", "shape_mismatch", (2,)),
-        ("attention.key_length", "bad_hparam", (0, 31, 64, 2**32 - 1)),
-        ("attention.value_length", "bad_hparam", (0, 16, 2**32 - 1)),
-        ("attention.key_length_swa", "bad_hparam", (0, 15, 32, 2**32 - 1)),
-        ("attention.value_length_swa", "bad_hparam", (32,)),
-        ("attention.sliding_window", "bad_hparam", (0, 2**32 - 1)),
-        ("attention.shared_kv_layers", "bad_hparam", (LAYERS, 3, 100, 2**32 - 1)),
-        ("attention.shared_kv_layers", "missing_tensor", (0,)),
-        ("rope.dimension_count", "bad_hparam", (0, 4096, 31, 16)),
-        ("rope.dimension_count_swa", "bad_hparam", (0, 15, 32)),
-        ("context_length", "bad_hparam", (0, 2**32 - 1)),
-        ("expert_count", "bad_hparam", (4, 2**32 - 1)),
-        ("embedding_length_per_layer_input", "bad_hparam", (7, 2**32 - 1)),
-        ("embedding_length_per_layer_input", "shape_mismatch", (64,)),
-    ):
+    for key, kinds, values in OUT_OF_RANGE:
         for value in values:
             yield edit(f"{key}_{value}", kinds, put(GEMMA + key, U32, value))
     for key, values in {
@@ -281,6 +285,9 @@ def hyperparameters() -> Iterator[Case]:
     }.items():
         for value in values:
             yield edit(f"{key}_{value}", "bad_hparam", put(GEMMA + key, F32, value))
+
+
+def hyperparameter_types() -> Iterator[Case]:
     for key, type, value in (
         ("block_count", STR, "4"), ("block_count", F32, 4.0), ("embedding_length", F32, 64.0),
         ("embedding_length", BOOL, True), ("rope.freq_base", U32, 10_000), ("rope.freq_base", F64, 1e6),
@@ -423,11 +430,11 @@ def _more_tensors(file: File) -> None:
         file.tensors[f"extra.{i}"] = type(norm)(f"extra.{i}".encode(), [8], 0, bytes(32))
 
 
-CASES = [
-    one
-    for group in (containers, strings_and_keys, tensor_entries, hyperparameters, weights, vocabularies, numbers, sound)
-    for one in group()
-]
+GROUPS = (
+    containers, strings_and_keys, tensor_entries, hyperparameters, hyperparameter_types, weights, vocabularies, numbers,
+    sound,
+)  # fmt: skip
+CASES = [one for group in GROUPS for one in group()]
 
 
 def main(folder: str) -> None:

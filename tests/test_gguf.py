@@ -1,4 +1,4 @@
-"""What is written is read back, by us and by gguf-py; what gguf-py writes we read; strings, split files, a vocabulary."""
+"""What is written is read back, by us and by gguf-py; what gguf-py writes we read; so are split files."""
 
 import time
 import tracemalloc

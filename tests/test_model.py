@@ -252,9 +252,7 @@ class TestDialects:
         file = tiny()
         up = file.tensors["blk.0.ffn_up.weight"]
         up.type, up.data = 40, bytes(WIDTH * HIDDEN // 64 * 36)
-        with pytest.raises(
-            Gemma4qError, match="bad_tensor_type: blk.0.ffn_up.weight is NVFP4; readable are F32, F16, Q4_0"
-        ):
+        with pytest.raises(Gemma4qError, match=r"bad_tensor_type: blk.0.ffn_up.weight is NVFP4; readable are F32, F16"):
             opened(tmp_path, file)
 
 
