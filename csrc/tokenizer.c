@@ -23,7 +23,7 @@ enum {
     MOST_TOKENS = 1 << 20,
     MOST_MERGES = 1 << 22,
 };
-static const uint32_t NONE = UINT32_MAX; /* no symbol, no rank */
+static const uint32_t NONE = UINT32_MAX; /* no symbol, no rank, no character */
 
 typedef struct {
     uint32_t hash, symbol;
@@ -52,13 +52,10 @@ struct tokenizer {
 
 /* -- UTF-8 --------------------------------------------------------------------------------------------- */
 
-/* Reads one character, returns its bytes; an invalid byte is one REPLACEMENT and sets *valid to false. */
-static inline int32_t read_char(const uint8_t *s, int64_t left, uint32_t *codepoint, bool *valid) {
-    uint32_t c = s[0];
-    if (c < 0x80) {
-        *codepoint = c;
-        return 1;
-    }
+/* Reads one character and returns its bytes; a byte that begins none is NONE, of one byte. */
+static inline int32_t read_char(const uint8_t *s, int64_t left, uint32_t *codepoint) {
+    uint32_t c = *codepoint = s[0];
+    if (c < 0x80) return 1;
     int32_t bytes = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : 2;
     static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};
     if (c >= 0xC2 && c <= 0xF4 && bytes <= left) {
@@ -70,25 +67,22 @@ static inline int32_t read_char(const uint8_t *s, int64_t left, uint32_t *codepo
             return bytes;
         }
     }
-    *codepoint = REPLACEMENT;
-    *valid = false;
+    *codepoint = NONE;
     return 1;
 }
 
 static bool is_utf8(const uint8_t *s, int64_t bytes) {
-    bool valid = true;
-    uint32_t codepoint;
-    for (int64_t at = 0; at < bytes && valid;) at += read_char(s + at, bytes - at, &codepoint, &valid);
-    return valid;
+    uint32_t c = 0;
+    for (int64_t at = 0; at < bytes && c != NONE;) at += read_char(s + at, bytes - at, &c);
+    return c != NONE;
 }
 
 static uint32_t last_char(const uint8_t *s, int64_t bytes) {
     int64_t at = bytes - 1;
+    uint32_t c;
     while (at > 0 && (s[at] & 0xC0) == 0x80) at--;
-    bool valid = true;
-    uint32_t codepoint;
-    read_char(s + at, bytes - at, &codepoint, &valid);
-    return codepoint;
+    read_char(s + at, bytes - at, &c);
+    return c;
 }
 
 /* -- Tables -------------------------------------------------------------------------------------------- */
@@ -162,8 +156,7 @@ static bool make_room(tokenizer *t, int64_t bytes) {
 }
 
 /* The number of a text, a new one if it has none yet. */
-static int32_t intern(tokenizer *t, const uint8_t *s, int64_t bytes, uint32_t *symbol) {
-    uint32_t hash = hash_text(t->seed, s, bytes);
+static int32_t intern(tokenizer *t, uint32_t hash, const uint8_t *s, int64_t bytes, uint32_t *symbol) {
     *symbol = find_slot(t, hash, s, bytes)->symbol - 1;
     if (*symbol != NONE) return VOCABULARY_OK;
     if (!is_utf8(s, bytes)) return VOCABULARY_NOT_UTF8;
@@ -174,8 +167,7 @@ static int32_t intern(tokenizer *t, const uint8_t *s, int64_t bytes, uint32_t *s
     *symbol = t->symbols++;
     *find_slot(t, hash, s, bytes) = (text_slot){hash, t->symbols};
     uint32_t first;
-    bool valid = true;
-    if (read_char(s, bytes, &first, &valid) == bytes) t->chars[first] = t->symbols;
+    if (read_char(s, bytes, &first) == bytes) t->chars[first] = t->symbols;
     return VOCABULARY_OK;
 }
 
@@ -197,24 +189,26 @@ static void keep_merge(tokenizer *t, uint32_t left, uint32_t right, uint32_t ran
 
 /* -- Building ------------------------------------------------------------------------------------------ */
 
-/* One string of a file, after checking where it lies. */
-static int32_t take(const string_array *a, int64_t i, const uint8_t **s, int64_t *bytes) {
-    int64_t start = a->starts[i], length = a->lengths[i];
-    if (start < 0 || length < 0 || start > a->data_bytes || length > a->data_bytes - start)
-        return VOCABULARY_OUT_OF_FILE;
-    *s = a->data + start;
-    *bytes = length;
-    return length > LONGEST_TEXT ? VOCABULARY_TOO_LONG : VOCABULARY_OK;
+/* Whether every string lies in the data; where: i, or -1 - i for merges. */
+static int32_t check(const string_array *a, bool merges, int64_t *where) {
+    for (int64_t i = 0; i < a->count; i++) {
+        int64_t start = a->starts[i], length = a->lengths[i];
+        *where = merges ? -1 - i : i;
+        if (start < 0 || length < 0 || start > a->data_bytes || length > a->data_bytes - start)
+            return VOCABULARY_OUT_OF_FILE;
+        if (length > LONGEST_TEXT) return VOCABULARY_TOO_LONG;
+    }
+    return VOCABULARY_OK;
 }
 
 static int32_t read_tokens(tokenizer *t, const string_array *tokens, int64_t *where) {
     for (int64_t i = 0; i < tokens->count; i++) {
-        const uint8_t *s;
-        int64_t bytes;
+        const uint8_t *s = tokens->data + tokens->starts[i];
+        const int64_t bytes = tokens->lengths[i];
         uint32_t symbol;
         *where = i;
-        int32_t status = take(tokens, i, &s, &bytes);
-        if (status == VOCABULARY_OK) status = bytes ? intern(t, s, bytes, &symbol) : VOCABULARY_EMPTY;
+        if (bytes == 0) return VOCABULARY_EMPTY;
+        int32_t status = intern(t, hash_text(t->seed, s, bytes), s, bytes, &symbol);
         if (status != VOCABULARY_OK) return status;
         if (symbol != i) return VOCABULARY_DUPLICATE;
         if (bytes > t->longest) t->longest = bytes;
@@ -230,27 +224,51 @@ static int32_t read_tokens(tokenizer *t, const string_array *tokens, int64_t *wh
     return VOCABULARY_OK;
 }
 
-/* "left right", parted by the first space after the first byte; one that names no pair can never apply. */
+/* A merge as the file spells it. */
+typedef struct {
+    const uint8_t *left, *right; /* left NULL: it names no pair and can never apply */
+    int64_t left_bytes, right_bytes;
+    uint32_t hash[3]; /* of left, right and both joined */
+} entry;
+
+static int64_t join(const entry *e, uint8_t *joined) {
+    memcpy(joined, e->left, (size_t)e->left_bytes);
+    memcpy(joined + e->left_bytes, e->right, (size_t)e->right_bytes);
+    return e->left_bytes + e->right_bytes;
+}
+
+/* "left right" is parted by the first space after the first byte. Asks for the slots, which are in no cache yet. */
+static entry part(const tokenizer *t, const uint8_t *s, int64_t bytes, uint8_t *joined) {
+    const uint8_t *space = bytes > 2 ? memchr(s + 1, ' ', (size_t)bytes - 2) : NULL;
+    if (!space) return (entry){0};
+    entry e = {s, space + 1, space - s, s + bytes - space - 1, {0}};
+    e.hash[0] = hash_text(t->seed, e.left, e.left_bytes);
+    e.hash[1] = hash_text(t->seed, e.right, e.right_bytes);
+    e.hash[2] = hash_text(t->seed, joined, join(&e, joined));
+    for (int32_t i = 0; i < 3; i++) __builtin_prefetch(&t->slots[e.hash[i] & t->slot_mask]);
+    return e;
+}
+
 static int32_t read_merges(tokenizer *t, const string_array *merges, int64_t *where) {
+    enum { AHEAD = 32 }; /* entries; a power of two */
     static const uint8_t mark[3] = {0xE2, 0x96, 0x81};
-    uint8_t product[LONGEST_TEXT];
-    for (int64_t i = 0; i < merges->count; i++) {
-        const uint8_t *s;
-        int64_t bytes;
-        uint32_t left, right, joined;
+    uint8_t joined[LONGEST_TEXT];
+    entry ahead[AHEAD];
+    for (int64_t i = -AHEAD; i < merges->count; i++) {
+        const int64_t coming = i + AHEAD;
+        const entry e = i < 0 ? (entry){0} : ahead[i % AHEAD];
+        if (coming < merges->count)
+            ahead[coming % AHEAD] = part(t, merges->data + merges->starts[coming], merges->lengths[coming], joined);
+        if (!e.left) continue;
+        uint32_t left, right, product;
+        int32_t status;
         *where = -1 - i;
-        int32_t status = take(merges, i, &s, &bytes);
-        if (status != VOCABULARY_OK) return status;
-        const uint8_t *space = bytes > 2 ? memchr(s + 1, ' ', (size_t)bytes - 2) : NULL;
-        if (!space) continue;
-        int64_t left_bytes = space - s, right_bytes = bytes - left_bytes - 1;
-        memcpy(product, s, (size_t)left_bytes);
-        memcpy(product + left_bytes, space + 1, (size_t)right_bytes);
-        if ((status = intern(t, s, left_bytes, &left)) || (status = intern(t, space + 1, right_bytes, &right)) ||
-            (status = intern(t, product, left_bytes + right_bytes, &joined)))
+        if ((status = intern(t, e.hash[0], e.left, e.left_bytes, &left)) ||
+            (status = intern(t, e.hash[1], e.right, e.right_bytes, &right)) ||
+            (status = intern(t, e.hash[2], joined, join(&e, joined), &product)))
             return status;
-        keep_merge(t, left, right, (uint32_t)i, joined);
-        if (right_bytes >= 3 && memcmp(space + 1, mark, 3) == 0) t->joins_space[last_char(s, left_bytes)] = 1;
+        keep_merge(t, left, right, (uint32_t)i, product);
+        if (e.right_bytes >= 3 && memcmp(e.right, mark, 3) == 0) t->joins_space[last_char(e.left, e.left_bytes)] = 1;
     }
     return VOCABULARY_OK;
 }
@@ -267,6 +285,9 @@ int32_t tokenizer_new(const string_array *tokens, const string_array *merges, ui
     *where = 0;
     if (tokens->count < 0 || tokens->count > MOST_TOKENS || merges->count < 0 || merges->count > MOST_MERGES)
         return VOCABULARY_TOO_BIG;
+    int32_t status = check(tokens, false, where);
+    if (status == VOCABULARY_OK) status = check(merges, true, where);
+    if (status != VOCABULARY_OK) return status;
     tokenizer *t = calloc(1, sizeof *t);
     if (!t) return VOCABULARY_NO_MEMORY;
     t->seed = seed;
@@ -281,7 +302,7 @@ int32_t tokenizer_new(const string_array *tokens, const string_array *merges, ui
     t->pairs = calloc((size_t)t->pair_mask + 1, sizeof *t->pairs);
     t->chars = calloc(CODEPOINTS, sizeof *t->chars);
     t->joins_space = calloc(CODEPOINTS, 1);
-    int32_t status = VOCABULARY_NO_MEMORY;
+    status = VOCABULARY_NO_MEMORY;
     if (t->text && t->start && t->slots && t->pairs && t->chars && t->joins_space)
         status = read_tokens(t, tokens, where);
     if (status == VOCABULARY_OK) status = read_merges(t, merges, where);
@@ -345,12 +366,11 @@ static void emit_symbol(encoder *e, uint32_t symbol, int64_t from, int64_t to) {
     }
     while (from < to) {
         uint32_t c;
-        bool valid = true;
         const uint8_t *s = e->text + from;
-        int32_t bytes = read_char(s, to - from, &c, &valid);
+        int32_t bytes = read_char(s, to - from, &c);
         from += bytes;
-        if (c == ' ' || !valid) {
-            s = (const uint8_t *)(valid ? "\xE2\x96\x81" : "\xEF\xBF\xBD");
+        if (c == ' ' || c == NONE) {
+            s = (const uint8_t *)(c == ' ' ? "\xE2\x96\x81" : "\xEF\xBF\xBD");
             bytes = 3;
         }
         for (int32_t i = 0; i < bytes; i++) emit(e, e->t->byte_token[s[i]]);
@@ -373,21 +393,25 @@ static void merge_short(encoder *e, int64_t n, int64_t end) {
     for (int64_t i = 0; i < n; i++) emit_symbol(e, p[i].symbol, p[i].from, i + 1 < n ? p[i + 1].from : end);
 }
 
-/* A heap of (rank, place): the least is the lowest rank, then leftmost. */
-static void sift_down(uint64_t *heap, int64_t size, int64_t i) {
-    uint64_t moving = heap[i];
-    for (int64_t child = 2 * i + 1; child < size; i = child, child = 2 * i + 1) {
-        child += child + 1 < size && heap[child + 1] < heap[child];
+/* Adds a place's merge, if it has one, to a heap of (rank, place): least is the lowest rank, then leftmost. */
+static void push(uint64_t *heap, int64_t *size, const piece *p, int32_t place) {
+    if (p[place].with_next.rank == NONE) return;
+    const uint64_t key = (uint64_t)p[place].with_next.rank << 32 | (uint32_t)place;
+    int64_t i = (*size)++;
+    for (; i > 0 && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = key;
+}
+
+static uint64_t pop(uint64_t *heap, int64_t *size) {
+    const uint64_t least = heap[0], moving = heap[--*size];
+    int64_t i = 0;
+    for (int64_t child = 1; child < *size; i = child, child = 2 * i + 1) {
+        child += child + 1 < *size && heap[child + 1] < heap[child];
         if (heap[child] >= moving) break;
         heap[i] = heap[child];
     }
     heap[i] = moving;
-}
-
-static void push(uint64_t *heap, int64_t *size, uint64_t key) {
-    int64_t i = (*size)++;
-    for (; i > 0 && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-    heap[i] = key;
+    return least;
 }
 
 /* The same by a heap, for words of any length. An entry is stale once its piece would merge at another rank. */
@@ -406,26 +430,22 @@ static bool merge_long(encoder *e, int64_t n, int64_t end) {
     int64_t size = 0;
     for (int32_t i = 0; i < n; i++) {
         links[i] = (link){i - 1, i + 1 < n ? i + 1 : -1};
-        if (p[i].with_next.rank != NONE) heap[size++] = (uint64_t)p[i].with_next.rank << 32 | (uint32_t)i;
+        push(heap, &size, p, i);
     }
-    for (int64_t i = size / 2 - 1; i >= 0; i--) sift_down(heap, size, i);
     while (size > 0) {
-        uint64_t key = heap[0];
-        heap[0] = heap[--size];
-        if (size) sift_down(heap, size, 0);
-        int32_t left = (int32_t)(uint32_t)key;
+        const uint64_t key = pop(heap, &size);
+        const int32_t left = (int32_t)(uint32_t)key;
         if (p[left].with_next.rank != key >> 32) continue;
-        int32_t right = links[left].next, next = links[right].next;
+        const int32_t right = links[left].next, next = links[right].next, previous = links[left].previous;
         p[left].symbol = p[left].with_next.product;
+        p[left].with_next = next < 0 ? (merge){NONE, NONE} : find_merge(e->t, p[left].symbol, p[next].symbol);
         p[right].with_next.rank = NONE;
         links[left].next = next;
         if (next >= 0) links[next].previous = left;
-        p[left].with_next = next < 0 ? (merge){NONE, NONE} : find_merge(e->t, p[left].symbol, p[next].symbol);
-        int32_t previous = links[left].previous;
-        if (previous >= 0) p[previous].with_next = find_merge(e->t, p[previous].symbol, p[left].symbol);
-        if (p[left].with_next.rank != NONE) push(heap, &size, (uint64_t)p[left].with_next.rank << 32 | (uint32_t)left);
-        if (previous >= 0 && p[previous].with_next.rank != NONE)
-            push(heap, &size, (uint64_t)p[previous].with_next.rank << 32 | (uint32_t)previous);
+        push(heap, &size, p, left);
+        if (previous < 0) continue;
+        p[previous].with_next = find_merge(e->t, p[previous].symbol, p[left].symbol);
+        push(heap, &size, p, previous);
     }
     for (int32_t i = 0; i >= 0; i = links[i].next)
         emit_symbol(e, p[i].symbol, p[i].from, links[i].next < 0 ? end : p[links[i].next].from);
@@ -455,9 +475,8 @@ static int64_t encode_word(encoder *e, int64_t at) {
     const int64_t from = at;
     int64_t n = 0;
     for (uint32_t c, previous = 0; at < e->bytes && (e->text[at] == '\n') == newlines; previous = c, n++) {
-        bool valid = true;
-        int32_t width = read_char(e->text + at, e->bytes - at, &c, &valid);
-        c = c == ' ' ? SPACE_MARK : c;
+        const int32_t width = read_char(e->text + at, e->bytes - at, &c);
+        c = c == ' ' ? SPACE_MARK : c == NONE ? REPLACEMENT : c;
         if (c == SPACE_MARK && n > 0 && !e->t->joins_space[previous]) break;
         if (!append(e, n, c, at)) return -1;
         at += width;

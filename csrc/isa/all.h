@@ -12,6 +12,7 @@
 #include "../quants/decode.h"
 #include "../kernels/elementwise.h"
 #include "../kernels/embed.h"
+#include "../kernels/unpack.h"
 #include "../kernels/matmul.h"
 #include "../kernels/experts.h"
 #include "../kernels/attend.h"

@@ -7,72 +7,10 @@
  */
 
 enum {
-    PANEL_BYTES = STRETCH_COLS * LANES,             /* q, or floats of a quarter of the columns */
-    GROUP_FLOATS = STRETCH_COLS / 16 * LANES,
     PANELS = STRETCH_ROWS / LANES,
     MOST_TOKENS = 512,                              /* of one call's pointers */
     TILE_BATCH = 60,                                /* tokens whose result pointers are laid out at a time */
 };
-
-typedef struct {
-    uint8_t *q;         /* [cols / 4][LANES][4], or f32 [cols][LANES] */
-    float   *scale;     /* [groups][LANES] */
-    float   *minimum;   /* [groups][LANES] */
-} panel;
-
-/* Columns of a float panel: floats take four times the room. */
-static inline int64_t K(stretch_cols)(int32_t type) {
-    return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 ? STRETCH_COLS / 4 : STRETCH_COLS;
-}
-
-/* -- Panels: unpack(row 0 at column 0, bytes from row to row, rows that exist, columns, panel) ------ */
-
-#define QUANT(name, NAME, values, group, bias, most, minima)                                                          \
-    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
-        enum { GROUPS = (values) / (group) };                                                                         \
-        for (int64_t k = 0; k < cols; k += 256) {                                                                     \
-            _Alignas(64) uint8_t q[LANES][256];                                                                       \
-            const int64_t wide = cols - k < 256 ? cols - k : 256;                                                     \
-            const int64_t at = k / (values) * (int64_t)sizeof(block_##name);                                          \
-            for (int r = 0; r < LANES; r++) {                                                                         \
-                const block_##name *b = (const block_##name *)(w + (r < rows ? r : 0) * stride + at);                 \
-                for (int64_t v = 0; v < wide; v += (values), b++) {                                                   \
-                    float scale[GROUPS], minimum[GROUPS];                                                             \
-                    K(decode_##name)(b, q[r] + v, scale, minimum);                                                    \
-                    const int64_t g = (k + v) / (group);                                                              \
-                    for (int i = 0; i < GROUPS; i++) p.scale[(g + i) * LANES + r] = scale[i];                         \
-                    if (minima) for (int i = 0; i < GROUPS; i++) p.minimum[(g + i) * LANES + r] = minimum[i];         \
-                }                                                                                                     \
-                for (int64_t n = 0; n < wide * (int64_t)sizeof(block_##name) / (values); n += 64)                     \
-                    K(prefetch)(next + (at * LANES + r * wide * (int64_t)sizeof(block_##name) / (values)) + n);       \
-            }                                                                                                         \
-            for (int64_t v = 0; v < wide; v += 64)                                                                    \
-                K(transpose)(q[0] + v, 256, p.q + (k + v) * LANES, wide - v >= 64 ? 16 : 8);                          \
-        }                                                                                                             \
-    }
-#include "../quants.def"
-#undef QUANT
-#ifdef OWN_UNPACK
-#include OWN_UNPACK
-#endif
-
-#define FLOATS(name, value, load)                                                                                     \
-    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
-        float *out = (float *)p.q;                                                                                    \
-        for (int64_t k = 0; k < cols; k += 16) {                                                                      \
-            _Alignas(64) float lines[LANES][LANES];                                                                   \
-            for (int r = 0; r < LANES; r++) {                                                                         \
-                const uint8_t *row = w + (r < rows ? r : 0) * stride;                                                 \
-                K(store)(lines[r], load);                                                                             \
-                K(prefetch)(next + (r * cols + k) * (int64_t)sizeof(value));                                     \
-            }                                                                                                         \
-            K(transpose)((const uint8_t *)lines, 64, (uint8_t *)(out + k * LANES), 16);                               \
-        }                                                                                                             \
-    }
-FLOATS(f32, float, K(load)((const float *)row + k))
-FLOATS(f16, f16, K(load_f16)((const f16 *)row + k))
-FLOATS(bf16, bf16, K(load_bf16)((const bf16 *)row + k))
-#undef FLOATS
 
 /* -- Tiles: a panel against some tokens; the sums so far are in y --------------------------------------- */
 

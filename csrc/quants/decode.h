@@ -13,18 +13,21 @@ static inline float K(brain)(bf16 h) {
     return x;
 }
 
+/* The bits of 2^(e - 128) as a float: exponent field e - 1, or a subnormal for e of 0 and 1. */
+static inline uint32_t K(e8m0)(uint32_t e) { return e < 2 ? 0x00200000u << e : (e - 1) << 23; }
+
 static const uint8_t K(iq4_table)[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 static const uint8_t K(fp4_table)[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 
 /* Byte j holds value j in its low nibble and value j + n in its high one. */
-static inline void K(nibbles)(const uint8_t *qs, uint8_t *q, int n) {
+static INLINE void K(nibbles)(const uint8_t *restrict qs, uint8_t *restrict q, int n) {
     for (int j = 0; j < n; j++) {
         q[j] = qs[j] & 15;
         q[j + n] = qs[j] >> 4;
     }
 }
 /* Bit e of the 32 becomes 16 in value e. */
-static inline void K(fifth_bits)(const uint8_t qh[4], uint8_t *q) {
+static inline void K(fifth_bits)(const uint8_t qh[4], uint8_t *restrict q) {
     for (int e = 0; e < 32; e++) q[e] |= (uint8_t)((qh[e / 8] >> e % 8 & 1) << 4);
 }
 /* Eight 6-bit scales and eight 6-bit minima in 12 bytes. */
@@ -37,34 +40,34 @@ static inline void K(six_bits)(const uint8_t *s, uint8_t *scales, uint8_t *mins)
     }
 }
 
-static inline void K(decode_q4_0)(const block_q4_0 *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q4_0)(const block_q4_0 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_q4_1)(const block_q4_1 *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q4_1)(const block_q4_1 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     K(nibbles)(b->qs, q, 16);
     scale[0] = K(half)(b->d);
     minimum[0] = K(half)(b->m);
 }
-static inline void K(decode_q5_0)(const block_q5_0 *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q5_0)(const block_q5_0 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     K(fifth_bits)(b->qh, q);
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_q5_1)(const block_q5_1 *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q5_1)(const block_q5_1 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     K(nibbles)(b->qs, q, 16);
     K(fifth_bits)(b->qh, q);
     scale[0] = K(half)(b->d);
     minimum[0] = K(half)(b->m);
 }
-static inline void K(decode_q8_0)(const block_q8_0 *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q8_0)(const block_q8_0 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     for (int i = 0; i < 32; i++) q[i] = (uint8_t)b->qs[i] ^ 128;
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_q2_k)(const block_q2_k *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q2_k)(const block_q2_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     for (int h = 0; h < 2; h++)
         for (int g = 0; g < 4; g++)
             for (int i = 0; i < 32; i++) q[128 * h + 32 * g + i] = b->qs[32 * h + i] >> 2 * g & 3;
@@ -74,7 +77,7 @@ static inline void K(decode_q2_k)(const block_q2_k *b, uint8_t *q, float *scale,
         minimum[s] = -dmin * (float)(b->scales[s] >> 4);
     }
 }
-static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     for (int h = 0; h < 2; h++)
         for (int g = 0; g < 4; g++)
@@ -88,7 +91,7 @@ static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *q, float *scale,
         scale[s] = d * (float)((low | high << 4) - 32);
     }
 }
-static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     uint8_t s[8], m[8];
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
     K(six_bits)(b->scales, s, m);
@@ -98,7 +101,7 @@ static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *q, float *scale,
         minimum[g] = -dmin * (float)m[g];
     }
 }
-static inline void K(decode_q5_k)(const block_q5_k *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q5_k)(const block_q5_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     uint8_t s[8], m[8];
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
     for (int g = 0; g < 8; g++)
@@ -110,7 +113,7 @@ static inline void K(decode_q5_k)(const block_q5_k *b, uint8_t *q, float *scale,
         minimum[g] = -dmin * (float)m[g];
     }
 }
-static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     for (int h = 0; h < 2; h++) {
         const uint8_t *ql = b->ql + 64 * h, *qh = b->qh + 32 * h;
@@ -125,13 +128,13 @@ static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *q, float *scale,
     const float d = K(half)(b->d);
     for (int s = 0; s < 16; s++) scale[s] = d * (float)b->scales[s];
 }
-static inline void K(decode_iq4_nl)(const block_iq4_nl *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_iq4_nl)(const block_iq4_nl *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     for (int i = 0; i < 32; i++) q[i] = K(iq4_table)[q[i]];
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_iq4_xs)(const block_iq4_xs *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_iq4_xs)(const block_iq4_xs *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     const float d = K(half)(b->d);
     for (int g = 0; g < 8; g++) {
@@ -141,11 +144,10 @@ static inline void K(decode_iq4_xs)(const block_iq4_xs *b, uint8_t *q, float *sc
     }
     for (int i = 0; i < 256; i++) q[i] = K(iq4_table)[q[i]];
 }
-static inline void K(decode_mxfp4)(const block_mxfp4 *b, uint8_t *q, float *scale, float *minimum) {
+static inline void K(decode_mxfp4)(const block_mxfp4 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     for (int i = 0; i < 32; i++) q[i] = K(fp4_table)[q[i]];
-    /* 2^(e - 128): the exponent field e - 1, or a subnormal for e of 0 and 1. */
-    const uint32_t bits = b->e < 2 ? 0x00200000u << b->e : (uint32_t)(b->e - 1) << 23;
+    const uint32_t bits = K(e8m0)(b->e);
     __builtin_memcpy(scale, &bits, 4);
 }

@@ -59,6 +59,34 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return (vi){K(dot8)(w, x, dwords, most, start), K(dot8)(w + 32, x, dwords, most, start)};
 }
 
+/* 64 nibble pairs as low and high bytes; four bits of each lane from bit `at` on become 16 in its four bytes; a table of 16. */
+static INLINE void K(split)(const uint8_t *line, uint8_t *low, uint8_t *high) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int i = 0; i < 64; i += 32) {
+        const __m256i x = _mm256_loadu_si256((const __m256i *)(line + i));
+        _mm256_storeu_si256((__m256i *)(low + i), _mm256_and_si256(x, nibble));
+        _mm256_storeu_si256((__m256i *)(high + i), _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
+    }
+}
+static INLINE void K(add_bits)(const uint32_t *bits, int at, uint8_t *line) {
+    const __m256i places = _mm256_set1_epi32(0x08040201), sixteen = _mm256_set1_epi8(16);
+    const __m256i first = _mm256_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8,
+                                           8, 12, 12, 12, 12);
+    for (int i = 0; i < 2; i++) {
+        const __m256i x = _mm256_srlv_epi32(_mm256_loadu_si256((const __m256i *)bits + i), _mm256_set1_epi32(at));
+        const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(x, first), places), places);
+        __m256i *y = (__m256i *)line + i;
+        _mm256_storeu_si256(y, _mm256_or_si256(_mm256_loadu_si256(y), _mm256_and_si256(set, sixteen)));
+    }
+}
+static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    for (int i = 0; i < 64; i += 32) {
+        __m256i *y = (__m256i *)(line + i);
+        _mm256_storeu_si256(y, _mm256_shuffle_epi8(all, _mm256_loadu_si256(y)));
+    }
+}
+
 static INLINE void K(transpose8)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
     __m256i r[8], t[8];
 #pragma GCC unroll 8

@@ -32,6 +32,24 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return sum;
 }
 
+/* 64 nibble pairs as low and high bytes; four bits of each lane from bit `at` on become 16 in its four bytes; a table of 16. */
+static INLINE void K(split)(const uint8_t *line, uint8_t *low, uint8_t *high) {
+    const vi x = _mm512_load_si512(line), nibble = _mm512_set1_epi8(15);
+    _mm512_store_si512(low, _mm512_and_si512(x, nibble));
+    _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble));
+}
+static INLINE void K(add_bits)(const uint32_t *bits, int at, uint8_t *line) {
+    const vi four = _mm512_and_si512(_mm512_srlv_epi32(_mm512_load_si512(bits), _mm512_set1_epi32(at)), _mm512_set1_epi32(15));
+    const vi spread = _mm512_or_si512(_mm512_or_si512(four, _mm512_slli_epi32(four, 7)),
+                                      _mm512_or_si512(_mm512_slli_epi32(four, 14), _mm512_slli_epi32(four, 21)));
+    const vi sixteens = _mm512_slli_epi32(_mm512_and_si512(spread, _mm512_set1_epi32(0x01010101)), 4);
+    _mm512_store_si512(line, _mm512_or_si512(_mm512_load_si512(line), sixteens));
+}
+static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
+    const vi all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    _mm512_store_si512(line, _mm512_shuffle_epi8(all, _mm512_load_si512(line)));
+}
+
 /* Rows of 64 bytes, `stride` apart, become 16 lines of 16 dwords: line j holds dword j of every row. */
 static INLINE void K(transpose_zmm)(vi r[16]) {
     vi t[16];
