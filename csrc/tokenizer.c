@@ -24,6 +24,7 @@ enum {
     MOST_MERGES = 1 << 22,
 };
 static const uint32_t NONE = UINT32_MAX; /* no symbol, no rank, no character */
+static const uint8_t MARK[3] = {0xE2, 0x96, 0x81}, REPLACED[3] = {0xEF, 0xBF, 0xBD}; /* in UTF-8 */
 
 typedef struct {
     uint32_t hash, symbol;
@@ -224,9 +225,9 @@ static int32_t read_tokens(tokenizer *t, const string_array *tokens, int64_t *wh
     return VOCABULARY_OK;
 }
 
-/* A merge as the file spells it. */
+/* A merge as the file spells it; left NULL: it names no pair and can never apply. */
 typedef struct {
-    const uint8_t *left, *right; /* left NULL: it names no pair and can never apply */
+    const uint8_t *left, *right;
     int64_t left_bytes, right_bytes;
     uint32_t hash[3]; /* of left, right and both joined */
 } entry;
@@ -237,7 +238,7 @@ static int64_t join(const entry *e, uint8_t *joined) {
     return e->left_bytes + e->right_bytes;
 }
 
-/* "left right" is parted by the first space after the first byte. Asks for the slots, which are in no cache yet. */
+/* Parts "left right" at the first space after the first byte, and asks early for slots that are in no cache. */
 static entry part(const tokenizer *t, const uint8_t *s, int64_t bytes, uint8_t *joined) {
     const uint8_t *space = bytes > 2 ? memchr(s + 1, ' ', (size_t)bytes - 2) : NULL;
     if (!space) return (entry){0};
@@ -251,7 +252,6 @@ static entry part(const tokenizer *t, const uint8_t *s, int64_t bytes, uint8_t *
 
 static int32_t read_merges(tokenizer *t, const string_array *merges, int64_t *where) {
     enum { AHEAD = 32 }; /* entries; a power of two */
-    static const uint8_t mark[3] = {0xE2, 0x96, 0x81};
     uint8_t joined[LONGEST_TEXT];
     entry ahead[AHEAD];
     for (int64_t i = -AHEAD; i < merges->count; i++) {
@@ -268,7 +268,7 @@ static int32_t read_merges(tokenizer *t, const string_array *merges, int64_t *wh
             (status = intern(t, e.hash[2], joined, join(&e, joined), &product)))
             return status;
         keep_merge(t, left, right, (uint32_t)i, product);
-        if (e.right_bytes >= 3 && memcmp(e.right, mark, 3) == 0) t->joins_space[last_char(e.left, e.left_bytes)] = 1;
+        if (e.right_bytes >= 3 && memcmp(e.right, MARK, 3) == 0) t->joins_space[last_char(e.left, e.left_bytes)] = 1;
     }
     return VOCABULARY_OK;
 }
@@ -285,9 +285,8 @@ int32_t tokenizer_new(const string_array *tokens, const string_array *merges, ui
     *where = 0;
     if (tokens->count < 0 || tokens->count > MOST_TOKENS || merges->count < 0 || merges->count > MOST_MERGES)
         return VOCABULARY_TOO_BIG;
-    int32_t status = check(tokens, false, where);
-    if (status == VOCABULARY_OK) status = check(merges, true, where);
-    if (status != VOCABULARY_OK) return status;
+    int32_t status;
+    if ((status = check(tokens, false, where)) || (status = check(merges, true, where))) return status;
     tokenizer *t = calloc(1, sizeof *t);
     if (!t) return VOCABULARY_NO_MEMORY;
     t->seed = seed;
@@ -302,14 +301,11 @@ int32_t tokenizer_new(const string_array *tokens, const string_array *merges, ui
     t->pairs = calloc((size_t)t->pair_mask + 1, sizeof *t->pairs);
     t->chars = calloc(CODEPOINTS, sizeof *t->chars);
     t->joins_space = calloc(CODEPOINTS, 1);
-    status = VOCABULARY_NO_MEMORY;
-    if (t->text && t->start && t->slots && t->pairs && t->chars && t->joins_space)
-        status = read_tokens(t, tokens, where);
-    if (status == VOCABULARY_OK) status = read_merges(t, merges, where);
-    if (status == VOCABULARY_OK)
-        *made = t;
-    else
+    if (!t->text || !t->start || !t->slots || !t->pairs || !t->chars || !t->joins_space) status = VOCABULARY_NO_MEMORY;
+    if (status || (status = read_tokens(t, tokens, where)) || (status = read_merges(t, merges, where)))
         tokenizer_free(t);
+    else
+        *made = t;
     return status;
 }
 
@@ -370,7 +366,7 @@ static void emit_symbol(encoder *e, uint32_t symbol, int64_t from, int64_t to) {
         int32_t bytes = read_char(s, to - from, &c);
         from += bytes;
         if (c == ' ' || c == NONE) {
-            s = (const uint8_t *)(c == ' ' ? "\xE2\x96\x81" : "\xEF\xBF\xBD");
+            s = c == ' ' ? MARK : REPLACED;
             bytes = 3;
         }
         for (int32_t i = 0; i < bytes; i++) emit(e, e->t->byte_token[s[i]]);

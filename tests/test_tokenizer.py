@@ -179,11 +179,12 @@ def test_threads_share_one_tokenizer(gemma):
 
 
 def seconds(action, times: int = 3) -> float:
+    """Of this thread alone, so that a busy machine fails no test."""
     best = float("inf")
     for _ in range(times):
-        start = time.perf_counter()
+        start = time.thread_time()
         action()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     return best
 
 
@@ -191,7 +192,7 @@ def seconds(action, times: int = 3) -> float:
 def test_tables_are_built_in_a_moment():
     metadata = open_gguf(gemma_vocabulary()).metadata
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
-    assert seconds(lambda: NativeBpe(tokens, merges)) < 0.7  # 0.2 on one core of an EPYC
+    assert seconds(lambda: NativeBpe(tokens, merges)) < 0.7  # 0.1 on one quiet core of an EPYC, 0.3 on a busy one
 
 
 @needs_c
