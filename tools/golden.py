@@ -131,7 +131,8 @@ def draw(model: torch.nn.Module, seed: int) -> None:
         elif name == "model.norm.weight":
             new = 4 + torch.randn(value.shape, generator=random)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            new = 0.75 + 0.15 * torch.randn(value.shape, generator=random)
+            scores_stay_soft = min(1, 32 / len(value)) ** 0.25
+            new = (0.75 + 0.15 * torch.randn(value.shape, generator=random)) * scores_stay_soft
         elif value.dim() == 1:
             new = 1 + 0.25 * torch.randn(value.shape, generator=random)
         elif "router.proj" in name:
