@@ -62,6 +62,8 @@ class KVCache:
     def __init__(self, session, window: int):
         """`session` clears and copies pages; `window` is the sliding layers' (0: there are none)."""
         self.session, self.window, self.limits = session, window, session.limits
+        # Whether prompt and generated rows meet different arithmetic: if so, their histories differ too.
+        self.classes_differ = getattr(session, "classes_differ", False)
         self.root = Block(None, count=PAGE)
         self.blank = {False: list(range(self.limits.global_pages)), True: list(range(self.limits.local_pages))}
         # Blocks, and local pages of blocks, that nobody holds: the next victim first, children before their parents.

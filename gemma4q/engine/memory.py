@@ -116,10 +116,11 @@ def limits_for(context: int, sequences: int, window: int) -> Limits:
 
 def plan_memory(
     config: Config, plan: Plan, tensors: Mapping[str, TensorData], file_bytes: int, backend: Backend,
-    kv: TensorType, threads: int, context: int | None, sequences: int, root: Path = Path("/"),
+    kv: TensorType, threads: int, context: int | None, sequences: int, runtime: int, available: tuple[int, str],
 ) -> MemoryPlan:  # fmt: skip
-    """The plan for a context, or (None) for the largest of 8,192 and 4,096 tokens that fits.
+    """The plan for a context, or (None) for the larger of 8,192 and 4,096 tokens that fits.
 
+    runtime: bytes of our own that the process has before it loads; available: what `available_memory` found then.
     Raises `bad_option` for a context the model was not trained for. Whether it fits is `check`'s to say.
     """
     trained = config.context_length
@@ -128,13 +129,12 @@ def plan_memory(
     if not 1 <= sequences <= 256:
         raise Gemma4qError("bad_option", f"sequences: {sequences} is not in 1 .. 256")
     window = max(layer.window for layer in config.layers)
-    runtime, have = own_memory(root), available_memory(threads, root)
 
     def with_context(size: int) -> MemoryPlan:
         limits = limits_for(size, sequences, window)
         needs = backend.memory(plan, tensors, limits, kv, threads)
         batch = Batch(limits, plan.width, plan.vocab).memory.nbytes
-        return MemoryPlan(limits, entries(plan, tensors, file_bytes, needs, batch, runtime, limits), have)
+        return MemoryPlan(limits, entries(plan, tensors, file_bytes, needs, batch, runtime, limits), available)
 
     if context is not None:
         return with_context(context)

@@ -26,7 +26,7 @@ from ..text.stream import OutputStream
 from ..text.tokenizer import Tokenizer
 from .engine import Engine
 from .generation import Generation
-from .memory import MB, MemoryPlan, available_memory, plan_memory
+from .memory import MB, MemoryPlan, available_memory, own_memory, plan_memory
 from .prompt import Prompt
 from .sequence import Answer, Scoring
 from .threads import choose_threads
@@ -63,6 +63,7 @@ class Model:
         self.defaults = SamplingOptions.from_metadata(self.gguf.metadata)
         parameters = sum(math.prod(tensor.shape) for tensor in self.weights.tensors.values())
         self.flavour = chat.flavour_of(self.gguf.metadata, file_name=self.gguf.path.name, parameters=parameters)
+        self._before = own_memory(), available_memory(self.threads.count)
         self.memory = self.memory_plan(context)
         self.memory.check()
         self.context = self.memory.context
@@ -79,7 +80,7 @@ class Model:
         file_bytes = sum(len(file.bytes) for file in self.gguf.files)
         return plan_memory(
             self.config, self.plan, self.weights.tensors, file_bytes, self.backend, self.kv, self.threads.count,
-            context or None, self.sequences,
+            context or None, self.sequences, *self._before,
         )  # fmt: skip
 
     def tokenize(self, text: str, bos: bool = False, special: bool | None = None) -> list[int]:

@@ -35,7 +35,7 @@ class Soft:
 
 
 def token_keys(tokens: Sequence[int] | np.ndarray, generated: bool) -> np.ndarray:
-    """Histories [n] of tokens: the class of a row may pick its arithmetic, so it is part of the history."""
+    """The history [n] that tokens are: where the class of a row picks its arithmetic it is part of it."""
     return np.asarray(tokens, np.int64) * 2 + generated
 
 

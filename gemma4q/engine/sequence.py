@@ -86,7 +86,9 @@ class Sequence:
     def stored(self, step: Step) -> None:
         """The keys and values of a step are in the cache."""
         first, count = step.start, len(step.tokens)
-        keys = token_keys(step.tokens, True) if step.generated else self.prompt.keys[first : first + count]
+        keys = self.prompt.keys[first : first + count]
+        if step.generated:
+            keys = token_keys(step.tokens, generated=self.history.cache.classes_differ)
         self.history.commit(keys)
         if first + count == len(self.prompt):
             self.history.checkpoint()
