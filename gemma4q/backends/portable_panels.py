@@ -14,7 +14,7 @@ from ..abi import BLOCKS, TensorType
 from ..gguf.quants import FORMATS, dequantize, planes
 from .portable_kernels import LANES, ROWS, STEP, matmul, matvec
 
-AT_A_TIME = 8  # panels repacked in one go
+AT_A_TIME = 4  # panels repacked in one go
 WORTH_SHARING = 1 << 17  # multiplications below which waking a thread costs more than it brings
 
 

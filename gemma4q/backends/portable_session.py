@@ -6,16 +6,18 @@ of the best; all other ops are the reference's own numpy. Buffers are dropped af
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ..abi import PAGE, OpCode, RowFlag, Space, Status, TensorType, row_bytes
+from ..abi import BLOCKS, PAGE, OpCode, RowFlag, Space, Status, TensorType, row_bytes
 from ..gguf.quants import dequantize
 from ..plan.batch import Batch, Limits
 from ..plan.builder import TOP
 from ..plan.pack import place
 from ..plan.plan import KV, Buffer, Op, Plan, Weight
 from . import StepResult, TensorData, portable_kernels
+from .portable_kernels import ROWS, STEP
 from .portable_panels import WORTH_SHARING, Crew, Panels, product, repack
 from .reference import ReferenceSession, rounded
 
@@ -23,22 +25,21 @@ NUMBA = (OpCode.MATMUL, OpCode.EXPERTS_UP, OpCode.EXPERTS_DOWN, OpCode.ATTEND)
 NUMPY = (
     OpCode.EMBED, OpCode.EMBED_ROWS, OpCode.WANTED, OpCode.RMS_NORM, OpCode.ADD, OpCode.SCALE, OpCode.GELU_MUL,
     OpCode.ANGLES, OpCode.ROPE, OpCode.STORE_KV, OpCode.ROUTE, OpCode.GROUP, OpCode.EXPERTS_GELU, OpCode.SOFTCAP,
-    OpCode.TOP_PART, OpCode.TOP,
+    OpCode.TOP_PART, OpCode.TOP, OpCode.QUANTIZE,
 )  # fmt: skip
-TABLES = (OpCode.EMBED, OpCode.EMBED_ROWS)
 MATRICES = (OpCode.MATMUL, OpCode.EXPERTS_UP, OpCode.EXPERTS_DOWN)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """The reference's, without its slow power."""
-    inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * (x * x * x))
-    return np.float32(0.5) * x * (1 + np.tanh(inner))
+    """The reference's, without its slow power; silent about infinity, which tanh brings back, in any thread."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * (x * x * x))
+        return np.float32(0.5) * x * (1 + np.tanh(inner))
 
 
 def memory(plan: Plan, tensors: Mapping[str, TensorData], limits: Limits) -> dict[str, int]:
     """Bytes by purpose; scratch counts every live buffer twice, since numpy makes a new one of an old one."""
-    tables = {op.weights[0].tensor for op in plan.ops if op.code in TABLES}
-    vectors = {w.tensor for op in plan.ops if op.code not in MATRICES for w in op.weights} - tables
+    vectors = {w.tensor for op in plan.ops if op.code not in MATRICES for w in op.weights} - tables(plan)
     weights = sum(Panels.bytes(shape_of(w, tensors), tensors[w.tensor].type) for w in matrices(plan))
     return {
         "weights": weights + sum(4 * int(np.prod(tensors[name].shape)) for name in vectors),
@@ -49,6 +50,10 @@ def memory(plan: Plan, tensors: Mapping[str, TensorData], limits: Limits) -> dic
 
 def matrices(plan: Plan) -> list[Weight]:
     return list(dict.fromkeys(w for op in plan.ops if op.code in MATRICES for w in op.weights))
+
+
+def tables(plan: Plan) -> set[str]:
+    return {op.weights[0].tensor for op in plan.ops if op.code in (OpCode.EMBED, OpCode.EMBED_ROWS)}
 
 
 def shape_of(w: Weight, tensors: Mapping[str, TensorData]) -> tuple[int, ...]:
@@ -79,6 +84,19 @@ def best_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids, x[ids]
 
 
+def compile_kernels(kinds: set[TensorType]) -> None:
+    """One small call of everything that tensors of these types need."""
+    alone = Crew(1)
+    for kind in kinds:
+        cols = BLOCKS[kind][0] * STEP
+        panels = repack(np.zeros(row_bytes(kind, cols), np.uint8), (1, cols), kind, alone)
+        for rows in (1, ROWS):
+            product(np.zeros((rows, cols), np.float32), panels, 0, alone)
+    q, pages = np.zeros((1, 1, STEP), np.float32), np.zeros((1, 1, PAGE, STEP), np.float32)
+    zero = np.zeros(1, np.int64)
+    portable_kernels.attend(0, 1, q, q, pages, pages, np.zeros(1, np.int32), zero, zero, zero + 1, np.zeros_like(q))
+
+
 class PortableSession(ReferenceSession):
     def __init__(self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int):
         self.plan, self.tensors, self.limits, self.kv_type = plan, tensors, limits, kv
@@ -87,20 +105,26 @@ class PortableSession(ReferenceSession):
         self.pages = {k.layer: tuple(np.zeros(shape, np.float32) for shape in page_shapes(k, limits)) for k in plan.kv}
         self.cached: dict[str, np.ndarray] = {}
         self.buffers: dict[Buffer, np.ndarray] = {}
-        self.panels = {w: self._panels(w) for w in matrices(plan)}
+        with ThreadPoolExecutor(1) as compiler:  # most of its time is LLVM's, which leaves Python alone
+            compiled = compiler.submit(compile_kernels, {tensors[w.tensor].type for w in matrices(plan)})
+            self.panels = {w: self._panels(w) for w in matrices(plan)}
+            compiled.result()
+        self.files = {name: os.dup(tensors[name].fileno) for name in tables(plan)}
         self.last = place(plan, limits)[1]
         self.cancelled = False
+        self.touched: dict[tuple[int, int], int] = {}
         self.bytes = memory(plan, tensors, limits)
 
     def _panels(self, w: Weight) -> Panels:
         t = self.tensors[w.tensor]
         data = t.data.reshape(*t.shape[:-1], -1)
-        return repack(
-            data[w.first : w.first + w.rows] if w.rows else data, shape_of(w, self.tensors), t.type, self.crew
-        )
+        data = data[w.first : w.first + w.rows] if w.rows else data
+        return repack(data, shape_of(w, self.tensors), t.type, self.crew)
 
     def close(self) -> None:
         self.crew.close()
+        while self.files:
+            os.close(self.files.popitem()[1])
         self.panels.clear()
         self.pages.clear()
         self.buffers.clear()
@@ -154,8 +178,11 @@ class PortableSession(ReferenceSession):
     def _table(self, op: Op, tokens: np.ndarray) -> np.ndarray:
         """Rows of a table read from the file one by one: it is never mapped, let alone held."""
         t = self.tensors[op.weights[0].tensor]
-        size = row_bytes(t.type, t.shape[-1])
-        data = b"".join(os.pread(t.fileno, size, t.offset + int(token) * size) for token in tokens)
+        size, file = row_bytes(t.type, t.shape[-1]), self.files[t.name]
+        try:
+            data = b"".join(os.pread(file, size, t.offset + int(token) * size) for token in tokens)
+        except OSError:
+            data = b""
         if len(data) < size * len(tokens):
             self.result["status"], data = Status.MODEL_CHANGED, bytes(size * len(tokens))
         rows = np.frombuffer(data, np.uint8).reshape(len(tokens), size)
@@ -170,11 +197,23 @@ class PortableSession(ReferenceSession):
 
     def gelu_mul(self, op: Op, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         n = gate.shape[1]
-        return gelu(gate) * up[:, op.args["part"] * n : (op.args["part"] + 1) * n]
+        return self._gated(gate, up[:, op.args["part"] * n : (op.args["part"] + 1) * n])
 
     def experts_gelu(self, op: Op, x: np.ndarray) -> np.ndarray:
         gate, up = np.moveaxis(x.reshape(len(x), op.args["used"], 2, -1), 2, 0)
-        return (gelu(gate) * up).reshape(len(x), -1)
+        return self._gated(gate, up).reshape(len(x), -1)
+
+    def _gated(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """gelu(gate) * up, a few rows at a time: what lies between stays in cache."""
+        out = np.empty(gate.shape, np.float32)
+
+        def some(share: int, shares: int) -> None:
+            for r in range(share * ROWS, len(gate), shares * ROWS):
+                rows = slice(r, r + ROWS)
+                np.multiply(gelu(gate[rows]), up[rows], out=out[rows])
+
+        self.crew.work(some, shared=len(gate) > ROWS)
+        return out
 
     def experts_up(self, op: Op, x, route, _group, *gate_up: Panels) -> np.ndarray:
         chosen = route[:, : op.args["used"]]

@@ -7,7 +7,7 @@ pack(x [n, 256], blocks [n] of zeros), which rounds to nearest without searching
 
 import numpy as np
 
-from gemma4q.gguf.bits import IQ4, furthest, gather, inverse, nearest, spread
+from .bits import IQ4, furthest, gather, inverse, nearest, spread
 
 
 def scaled(d: np.ndarray, codes: np.ndarray) -> np.ndarray:

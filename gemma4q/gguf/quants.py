@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma4q import abi
-from gemma4q.abi import TensorType
-from gemma4q.errors import Gemma4qError
-from gemma4q.gguf import kquants
-from gemma4q.gguf.bits import FP4, IQ4, furthest, gather, inverse, nearest, spread
+from .. import abi
+from ..abi import TensorType
+from ..errors import Gemma4qError
+from . import kquants
+from .bits import FP4, IQ4, furthest, gather, inverse, nearest, spread
 
 POWERS = np.ldexp(np.float32(1), np.arange(256) - 128).astype("f4")  # of MXFP4 exponents; half, as FP4 is doubled
 
