@@ -1,5 +1,6 @@
 """The portable backend against the numpy reference: every format, every op, every way a row may see others."""
 
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -322,6 +323,20 @@ def test_a_file_cut_short_is_noticed(tmp_path):
     (tmp_path / "file").write_bytes(b"short")
     assert session.run(batch).status == Status.MODEL_CHANGED
     session.close()
+
+
+def test_a_session_reads_its_own_descriptor_and_closes_it(tmp_path):
+    found = tensors(tmp_path / "file", TensorType.Q4_0, shapes())
+    session = get("portable").load(plan(), found, LIMITS)
+    found.pop("").close()
+    batch = Batch(LIMITS, WIDTH, VOCAB)
+    batch.fill([prompt([1, 2, 3])])
+    assert session.run(batch).status == Status.OK
+    session.close()
+    session.close()
+    for file in session.files.values():
+        with pytest.raises(OSError):
+            os.fstat(file)
 
 
 def test_a_run_is_cancelled_between_ops(small_model, monkeypatch):

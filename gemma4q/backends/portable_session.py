@@ -5,6 +5,7 @@ of the best; all other ops are the reference's own numpy. Buffers are dropped af
 """
 
 import os
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,6 +111,7 @@ class PortableSession(ReferenceSession):
             self.panels = {w: self._panels(w) for w in matrices(plan)}
             compiled.result()
         self.files = {name: os.dup(tensors[name].fileno) for name in tables(plan)}
+        self.close_files = weakref.finalize(self, lambda files: [os.close(f) for f in files], list(self.files.values()))
         self.last = place(plan, limits)[1]
         self.cancelled = False
         self.touched: dict[tuple[int, int], int] = {}
@@ -123,8 +125,7 @@ class PortableSession(ReferenceSession):
 
     def close(self) -> None:
         self.crew.close()
-        while self.files:
-            os.close(self.files.popitem()[1])
+        self.close_files()
         self.panels.clear()
         self.pages.clear()
         self.buffers.clear()
