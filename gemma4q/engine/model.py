@@ -31,6 +31,7 @@ from .prompt import Prompt
 from .sequence import Answer, Scoring
 from .threads import choose_threads
 
+PAGE_BYTES = 4096
 KV_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -49,31 +50,26 @@ def load(
     return Model(path, backend, isa, threads, context, kv, sequences)
 
 
-class Model:
-    """See `load`. Also a context manager. Public: config, tokenizer, memory, threads, context, kv, backend, session."""
+class Prepared:
+    """A model file that was opened and checked, and what it will take: all of `load` but the loading; see there.
 
-    def __init__(self, path, backend="auto", isa=None, threads=None, context=None, kv="auto", sequences=1):
+    gguf, config, weights, plan: the file, what it says, its tensors, its forward pass. backend, threads, kv: what was
+    chosen. memory: its plan. defaults: the file's sampling options. flavour: which template it was trained with.
+    """
+
+    def __init__(self, path, backend="auto", threads=None, context=None, kv="auto", sequences=1):
         self.gguf, self.config, self.weights = open_model(path)
         self.backend = backends.get(backend)
         self.threads = choose_threads(threads)
         self.kv = kv_type(kv, {name: tensor.type for name, tensor in self.weights.tensors.items()})
         self.tokenizer = Tokenizer.from_gguf(self.gguf)
         self.plan = build(self.config, self.weights.shapes)
-        self.sequences = sequences
         self.defaults = SamplingOptions.from_metadata(self.gguf.metadata)
         parameters = sum(math.prod(tensor.shape) for tensor in self.weights.tensors.values())
         self.flavour = chat.flavour_of(self.gguf.metadata, file_name=self.gguf.path.name, parameters=parameters)
+        self.sequences = sequences
         self._before = own_memory(), available_memory(self.threads.count)
         self.memory = self.memory_plan(context)
-        self.memory.check()
-        self.context = self.memory.context
-        self.session = self.backend.load(
-            self.plan, self.weights.tensors, self.memory.limits, self.kv, self.threads.count, isa
-        )
-        batch = Batch(self.memory.limits, self.plan.width, self.plan.vocab)
-        batch.memory.fill(0)  # touched now, so that memory does not grow later
-        window = max(layer.window for layer in self.config.layers)
-        self.engine = Engine(self.session, batch, window, self.gguf.changed)
 
     def memory_plan(self, context: int | None = None) -> MemoryPlan:
         """What a context would take: entries (name, bytes, mapped, touched); prints as a table."""
@@ -82,6 +78,21 @@ class Model:
             self.config, self.plan, self.weights.tensors, file_bytes, self.backend, self.kv, self.threads.count,
             context or None, self.sequences, *self._before,
         )  # fmt: skip
+
+
+class Model(Prepared):
+    """A loaded model; also a context manager. `context` is how many tokens fit, `session` what computes."""
+
+    def __init__(self, path, backend="auto", isa=None, threads=None, context=None, kv="auto", sequences=1):
+        super().__init__(path, backend, threads, context, kv, sequences)
+        self.memory.check()
+        self.context = self.memory.context
+        limits = self.memory.limits
+        self.session = self.backend.load(self.plan, self.weights.tensors, limits, self.kv, self.threads.count, isa)
+        batch = Batch(limits, self.plan.width, self.plan.vocab)
+        batch.memory[::PAGE_BYTES] |= 0  # touched now, so that memory does not grow later
+        window = max(layer.window for layer in self.config.layers)
+        self.engine = Engine(self.session, batch, window, self.gguf.changed)
 
     def tokenize(self, text: str, bos: bool = False, special: bool | None = None) -> list[int]:
         """Ids of `text`. special: None: spelled-out special tokens stay text; True: they become tokens."""
