@@ -1,0 +1,180 @@
+"""How far each matmul kernel is from what this machine can do: format by instruction set by rows.
+
+    python bench/kernels.py --formats q4_0 q6_k --rows 1 2 4 8 16 512 -t 2 --csv bench/results/machine.csv
+
+Few rows are bound by memory: weights of a GB or more are walked, so that no cache holds them, and each timing
+alternates with a plain read of the same bytes; the table gives GB/s and percent of that read. Many rows are bound by
+arithmetic and are timed on one matrix: GOP/s (2 per multiply-add). `busy` is CPU time by threads x wall: well below 1,
+others had the cores. Only the compiled backend is measured.
+"""
+
+import argparse
+import csv
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from worker import Timed
+
+from gemma4q import abi
+from gemma4q.abi import TensorType, ffi, lib, row_bytes
+from gemma4q.backends.native import WEIGHT, anonymous, isas
+from gemma4q.gguf.quants import quantize
+
+FORMATS = [t.name.lower() for t in TensorType if t in abi.BLOCKS]
+BOUND_BY_MEMORY = 16  # rows up to which a walk over many matrices is timed
+COLUMNS = (
+    "when",
+    "machine",
+    "threads",
+    "isa",
+    "format",
+    "rows",
+    "cols",
+    "out",
+    "gb_s",
+    "percent_of_read",
+    "gop_s",
+    "busy",
+)
+PERIOD = 1 << 24  # bytes of random blocks that are repeated to fill the working set
+
+
+class Bench:
+    """A pool, and matrices [out, cols] of one format laid out behind each other in `data`."""
+
+    def __init__(self, threads: int, cols: int, out: int, working_set: int):
+        self.threads, self.cols, self.out, self.working_set = threads, cols, out, working_set
+        self.pool = ffi.gc(lib.pool_new(threads), lib.pool_free)
+        self.scratch = anonymous(lib.scratch_bytes(threads))
+        self.data = anonymous(working_set)
+        self.random = np.random.default_rng(1)
+
+    def fill(self, type: TensorType) -> None:
+        """Random bits everywhere, but scales that are small halves: no kernel may meet a NaN or a denormal."""
+        size = abi.BLOCKS[type][1]
+        period = self.random.integers(0, 256, PERIOD // size * size, np.uint8)
+        tame(period.reshape(-1, size), type)
+        for first in range(0, len(self.data), len(period)):
+            part = self.data[first : first + len(period)]
+            part[:] = period[: len(part)]
+
+    def matrices(self, type: TensorType) -> list[np.ndarray]:
+        bytes = row_bytes(type, self.cols) * self.out
+        count = max(1, self.working_set // bytes)
+        return [np.array([self.weight(type, bytes, number)], WEIGHT) for number in range(count)]
+
+    def weight(self, type: TensorType, bytes: int, number: int) -> tuple:
+        return (self.data.ctypes.data + number * bytes, bytes, type, 0, self.out, self.cols, 1, 1.0)
+
+    def matmul(self, isa: int, weights: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> Timed:
+        rows, pointers = len(x), [ffi.cast("weight *", weight.ctypes.data) for weight in weights]
+        into, out, scratch = ffi.cast("float *", x.ctypes.data), ffi.cast("float *", y.ctypes.data), self.scratch
+        with Timed() as timed:
+            for pointer in pointers:
+                if lib.matmul_once(self.pool, isa, pointer, into, out, rows, abi.address(scratch)):
+                    raise SystemExit("no kernel for this format")
+        return timed
+
+    def read(self) -> float:
+        """GB/s of a plain read of the working set."""
+        return lib.read_bandwidth(self.pool, abi.address(self.data), len(self.data)) / 1e9
+
+
+def tame(blocks: np.ndarray, type: TensorType) -> None:
+    """Gives every scale of the blocks (bytes [blocks, size]) a small, normal value."""
+    if abi.BLOCKS[type][0] == 1:
+        values = np.random.default_rng(2).normal(0, 0.02, len(blocks)).astype(np.float32)
+        blocks[:] = quantize(values[:, None], type)
+        return
+    fields = blocks.view(abi.dtype(f"block_{type.name.lower()}"))[:, 0]
+    for name in fields.dtype.names:
+        if fields.dtype[name] == np.float16:
+            fields[name] = 0.001
+    if type == TensorType.MXFP4:
+        fields["e"] = 120
+
+
+def measure(bench: Bench, isa: str, type: TensorType, rows: int, runs: int) -> dict:
+    """Medians of `runs` timings, each beside a plain read where memory is the bound."""
+    level = next(i for i in range(lib.isa_count()) if ffi.string(lib.isa_name(i)).decode() == isa)
+    weights = bench.matrices(type)
+    weights = weights if rows <= BOUND_BY_MEMORY else weights[:1]
+    x = bench.random.normal(0, 1, (rows, bench.cols)).astype(np.float32)
+    y = np.zeros((rows, bench.out), np.float32)
+    bench.matmul(level, weights[:1], x, y)
+    bytes = len(weights) * row_bytes(type, bench.cols) * bench.out
+    speeds, shares, busy = [], [], []
+    for _ in range(runs):
+        timed = bench.matmul(level, weights, x, y)
+        speeds.append(bytes / timed.seconds / 1e9)
+        shares.append(100 * speeds[-1] / bench.read() if rows <= BOUND_BY_MEMORY else np.nan)
+        busy.append(timed.cpu_seconds / (bench.threads * timed.seconds))
+    operations = 2 * rows * bench.cols * bench.out * len(weights) / bytes
+    return {
+        "isa": isa,
+        "format": type.name.lower(),
+        "rows": rows,
+        "gb_s": median(speeds),
+        "percent_of_read": median(shares),
+        "gop_s": median(speeds) * operations,
+        "busy": median(busy),
+    }
+
+
+def cases(given: argparse.Namespace, bench: Bench) -> Iterator[dict]:
+    for name in given.formats:
+        type = TensorType[name.upper()]
+        if given.cols % abi.BLOCKS[type][0]:
+            raise SystemExit(f"{name}: {given.cols} columns are not whole blocks")
+        bench.fill(type)
+        for isa in given.isas:
+            for rows in given.rows:
+                yield measure(bench, isa, type, rows, given.runs)
+
+
+def main() -> None:
+    if abi.missing:
+        raise SystemExit(abi.missing)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["q4_0", "q8_0", "q4_k", "q6_k"])
+    parser.add_argument("--isas", nargs="+", choices=isas(), default=list(isas()))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 512])
+    parser.add_argument("--cols", type=int, default=2816)
+    parser.add_argument("--out", type=int, default=5632, help="rows of the weight matrix")
+    parser.add_argument("--gb", type=float, default=1.5, help="working set; beyond every cache of the machine")
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("-r", "--runs", type=int, default=5)
+    parser.add_argument("--csv", type=Path)
+    given = parser.parse_args()
+    bench = Bench(given.threads, given.cols, given.out, int(given.gb * 1e9))
+    print(f"plain read: {max(bench.read() for _ in range(3)):.1f} GB/s, {given.threads} threads")
+    print(f"{'format':8} {'isa':10} {'rows':>5} {'GB/s':>8} {'of read':>8} {'GOP/s':>9} {'busy':>5}")
+    results = []
+    for case in cases(given, bench):
+        share = "" if np.isnan(case["percent_of_read"]) else f"{case['percent_of_read']:7.0f}%"
+        print(f"{case['format']:8} {case['isa']:10} {case['rows']:5} {case['gb_s']:8.2f} {share:8} "
+              f"{case['gop_s']:9.0f} {case['busy']:5.2f}", flush=True)  # fmt: skip
+        results.append(case)
+    if given.csv:
+        append(given, results)
+
+
+def append(given: argparse.Namespace, results: list[dict]) -> None:
+    given.csv.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not given.csv.exists()
+    common = {"when": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": platform.node(), "threads": given.threads}
+    common |= {"cols": given.cols, "out": given.out}
+    with given.csv.open("a", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS)
+        if fresh:
+            out.writeheader()
+        for case in results:
+            out.writerow(common | {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in case.items()})
+
+
+if __name__ == "__main__":
+    main()
