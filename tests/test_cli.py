@@ -1,5 +1,6 @@
 """The command line as people and scripts meet it: what goes where, how it ends, and what one error looks like."""
 
+import fcntl
 import json
 import os
 import pty
@@ -8,15 +9,14 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from tiny import STR, U32, tiny
 
 from gemma4q.cli import COMMANDS, cli
-from gemma4q.cli.answer import Display
 from gemma4q.cli.prompt import unescape
 from gemma4q.cli.terminal import columns, harmless, human_bytes
 
@@ -26,8 +26,9 @@ GEMMA4Q = [sys.executable, "-m", "gemma4q"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A tiny model that can chat: it has the tokens of a turn and a template."""
+    """A tiny model that can chat, on and on: it has the tokens of a turn, a template and a long context."""
     file = tiny()
+    file.set("gemma4.context_length", U32, 8192)
     file.set("tokenizer.chat_template", STR, "{{ messages }}")
     file.set("general.name", STR, "evil \x1b[31m name")
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
@@ -218,3 +219,239 @@ class TestText:
     def test_columns(self):
         assert columns([("a", 1), ("bcd", 22)], right=(1,)) == "a     1\nbcd  22"
         assert columns([]) == ""
+
+
+class TestPlan:
+    def test_says_what_a_context_takes(self, model):
+        small, large = (json.loads(invoke("plan", model, "-c", size, "--json").stdout) for size in ("256", "8192"))
+        assert small["fits"] and small["anonymous"] < large["anonymous"] and small["mapped"] == large["mapped"]
+        kv = [sum(e["bytes"] for e in p["entries"] if "keys and values, global" in e["name"]) for p in (small, large)]
+        assert 20 < kv[1] / kv[0] < 32
+        assert "in all, for 256 tokens" in invoke("plan", model, "-c", "256").stdout
+
+    def test_a_context_the_model_cannot_have_is_refused(self, model):
+        done = invoke("plan", model, "-c", "1000000000")
+        assert done.exit_code == 1 and done.stderr.startswith("error: bad_option: context: ")
+
+
+def test_doctor_says_what_was_chosen_and_why():
+    facts = json.loads(invoke("doctor", "--json").stdout)
+    assert facts["backends"][facts["backend"]].startswith("chosen") and facts["threads"][0].isdigit()
+    assert facts["backend"] != "native" or "scalar" in facts["instruction_sets"]
+    assert "threads" in invoke("doctor").stdout
+
+
+SLOW = ("--backend", "reference", "--ignore-eos")
+SURE = ("--backend", "reference", "-s", "7", "--reasoning", "off")
+
+
+class TestRun:
+    def test_text_goes_to_stdout_and_all_else_to_stderr(self, model):
+        done = invoke("run", model, "hi", "-n", "8", *SURE, stdin="")
+        assert (
+            done.exit_code == 0 and done.stdout.endswith("\n") and "tokens/s" in done.stderr and "seed 7" in done.stderr
+        )
+        quiet = invoke("run", model, "hi", "-n", "8", "--quiet", *SURE, stdin="")
+        assert quiet.stdout == done.stdout and not quiet.stderr
+
+    def test_the_same_seed_gives_the_same_text_and_another_another(self, model):
+        one, same, other = (
+            invoke("run", model, "--raw", "hi", "-n", "12", "--quiet", "-s", seed, stdin="").stdout for seed in "112"
+        )
+        assert one == same != other
+
+    def test_json_is_one_object(self, model):
+        done = invoke("run", model, "hi", "-n", "8", "--json", *SURE, stdin="")
+        found = json.loads(done.stdout)
+        assert found["finish"] in ("stop", "length") and found["seed"] == 7
+        assert found["text"] + "\n" == invoke("run", model, "hi", "-n", "8", *SURE, stdin="").stdout
+        assert found["stats"]["generated_tokens"] <= 8
+
+    def test_a_prompt_comes_from_words_a_file_and_a_pipe_together(self, model, tmp_path):
+        (tmp_path / "text").write_text("b\n")
+        tokens = invoke("tokenize", model, "--bos", "--ids", stdin="a a\nb\nc").stdout.split()
+        done = invoke("run", model, "--raw", "a", "a", "-f", str(tmp_path / "text"), "-n", "1", "--json", stdin="c\n")
+        assert json.loads(done.stdout)["stats"]["prompt_tokens"] == len(tokens)
+
+    def test_escapes_are_read_only_when_asked_for(self, model):
+        counts = [
+            json.loads(invoke("run", model, "--raw", r"\n\n", "-n", "1", "--json", *more, stdin="").stdout)["stats"]
+            for more in ([], ["-e"])
+        ]
+        assert [stats["prompt_tokens"] for stats in counts] == [5, 3]
+
+    def test_without_a_prompt_or_a_terminal_it_is_wrong_usage(self, model):
+        assert run("run", model).returncode == 2
+        assert invoke("run", model, stdin="").exit_code == 2
+
+    def test_a_file_without_a_template_completes_text_and_says_so(self, tmp_path):
+        (tmp_path / "plain.gguf").write_bytes(tiny().bytes())
+        done = invoke("run", str(tmp_path / "plain.gguf"), "hi", "-n", "2", *SURE, stdin="")
+        raw = invoke("run", str(tmp_path / "plain.gguf"), "hi", "-n", "2", "--raw", *SURE, stdin="")
+        assert done.stdout == raw.stdout and "--raw" in done.stderr and "template" not in raw.stderr
+
+    def test_an_answer_that_was_cut_is_said_to_be(self, model):
+        done = invoke("run", model, "hi", "-n", "3", "--ignore-eos", *SURE, stdin="")
+        assert "cut at 3 tokens" in done.stderr
+
+    def test_a_full_context_is_said(self, model):
+        done = invoke("run", model, "--raw", "hi", "-c", "16", *SLOW, stdin="")
+        assert done.exit_code == 0 and "the context is full" in done.stderr
+        long = invoke("run", model, "--raw", "-c", "16", *SLOW, stdin="hi " * 100)
+        assert long.exit_code == 1 and long.stderr.startswith("error: context_length_exceeded: ")
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [("--temp", "-1"), ("--top-p", "2"), ("-n", "0"), ("--stop", ""), ("-l", "99999999+1"), ("--isa", "z80")],
+    )
+    def test_a_number_out_of_range_is_one_line(self, model, wrong):
+        done = invoke("run", model, "--raw", "hi", *wrong, stdin="")
+        assert done.exit_code == 1 and ERROR_LINE.fullmatch(done.stderr)
+
+    def test_biases_and_stop_strings_are_heard(self, model):
+        forced = invoke("run", model, "--raw", "x", "-n", "3", "-l", "267+1000", "--quiet", *SURE, stdin="").stdout
+        assert forced == "aaa\n"
+        stopped = invoke("run", model, "--raw", "x", "-n", "9", "-l", "267+1000", "-r", "aa", "--json", stdin="").stdout
+        assert json.loads(stopped)["finish"] == "stop" and json.loads(stopped)["text"] == ""
+
+    def test_ctrl_c_keeps_the_text_and_ends_with_130(self, model):
+        command = [*GEMMA4Q, "run", model, "--raw", "hi", *SLOW]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        ) as going:
+            first = os.read(going.stdout.fileno(), 1)
+            start = time.monotonic()
+            going.send_signal(signal.SIGINT)
+            rest, notes = going.communicate(timeout=30)
+        assert going.returncode == 130 and time.monotonic() - start < 5
+        assert (first + rest).endswith(b"\n") and b"stopped" in notes and b"Traceback" not in notes
+
+    def test_a_reader_that_leaves_ends_it(self, model):
+        shell = f"{' '.join(GEMMA4Q)} run {model} --raw hi {' '.join(SLOW)} < /dev/null | head -c 1 | wc -c"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, timeout=60)
+        assert done.stdout.strip() == b"1" and not done.stderr
+
+
+class Person:
+    """Sits at a terminal of its own, in front of `gemma4q run MODEL`."""
+
+    def __init__(self, *arguments: str):
+        self.master, slave = pty.openpty()
+        environment = os.environ | {"TERM": "dumb"}
+        self.program = subprocess.Popen(
+            [*GEMMA4Q, "run", *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def reads(self, wanted: str, seconds: float = 30) -> str:
+        """All output up to `wanted`, which is waited for."""
+        end = time.monotonic() + seconds
+        while wanted not in self.seen:
+            assert select.select([self.master], [], [], max(0, end - time.monotonic()))[0], self.seen
+            try:
+                self.seen += os.read(self.master, 4096).decode(errors="replace")
+            except OSError:  # the program left
+                assert wanted in self.seen, self.seen
+        before, self.seen = self.seen.split(wanted, 1)
+        return before
+
+    def types(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def says(self, text: str) -> str:
+        """Types a line and returns what is printed until the next prompt."""
+        self.types(text + "\n")
+        return self.reads(">>> ")
+
+    def presses_ctrl_c(self) -> None:
+        """At a prompt, a moment after it came: until it listens, the interpreter only notes a signal."""
+        time.sleep(0.2)
+        self.types("\x03")
+
+    def leaves(self) -> int:
+        code = self.program.wait(timeout=30)
+        os.close(self.master)
+        return code
+
+
+@pytest.fixture
+def person(model):
+    someone = Person(model, *SURE, "-n", "6")
+    someone.reads(">>> ")
+    yield someone
+    if someone.program.poll() is None:
+        someone.program.kill()
+        someone.leaves()
+
+
+class TestChat:
+    def test_answers_and_reuses_what_it_has_read(self, person):
+        assert "tokens/s" in person.says("hi")
+        assert "of them reused" in person.says("hi again")
+        assert re.search("messages +4\r\ncontext +[1-9][0-9]* of 8,192 tokens", person.says("/show"))
+        person.types("/bye\n")
+        assert person.leaves() == 0
+
+    def test_help_names_every_command(self, person):
+        text = person.says("/help")
+        for name in ("/help", "/clear", "/set", "/show", "/regen", "/save", "/load", "/bye", '"""'):
+            assert name in text
+
+    def test_settings_change_and_wrong_ones_are_refused(self, person):
+        person.says("/set temperature 0")
+        person.says("/set system be kind")
+        text = person.says("/show")
+        assert re.search("temperature +0.0", text) and "be kind" in text
+        assert "error: bad_option: temperature: " in person.says("/set temperature hot")
+        assert "error: bad_option: " in person.says("/set nonsense 1")
+        person.says("/set temperature -5")
+        assert "error: bad_option: temperature: -5.0" in person.says("hi")
+        assert "error: bad_command: /nonsense" in person.says("/nonsense")
+
+    def test_a_conversation_is_kept_and_taken_up_again(self, person, tmp_path):
+        answer = person.says("hi")
+        person.says(f"/save {tmp_path / 'talk.json'}")
+        assert re.search("messages +0", person.says("/clear") + person.says("/show"))
+        assert "loaded 2 messages" in person.says(f"/load {tmp_path / 'talk.json'}")
+        saved = json.loads((tmp_path / "talk.json").read_text())
+        assert [message["role"] for message in saved["messages"]] == ["user", "assistant"]
+        assert saved["sampling"]["seed"] == 7
+        assert printed(answer) == printed(person.says("/regen"))
+        (tmp_path / "bad.json").write_text('{"messages": [1]}')
+        assert "error: bad_file" in person.says(f"/load {tmp_path / 'bad.json'}")
+        assert "error: io: " in person.says(f"/load {tmp_path / 'none.json'}")
+        assert "error: io: " in person.says("/save /proc/none/talk.json")
+
+    def test_several_lines_are_one_message(self, person, tmp_path):
+        person.types('"""a\nb\n')
+        person.types('c"""\n')
+        person.reads(">>> ")
+        person.says(f"/save {tmp_path / 'talk.json'}")
+        assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "a\nb\nc"
+
+    def test_ctrl_c_stops_the_answer_and_not_the_program(self, person):
+        person.says("/set max_tokens -1")
+        person.says("/set logit_bias 1-inf")
+        person.says("/set logit_bias 6-inf")
+        person.types("hi\n")
+        person.reads("hi\r\n")
+        time.sleep(0.5)
+        person.types("\x03")
+        assert "stopped" in person.reads(">>> ", seconds=5)
+        assert re.search("messages +2", person.says("/show"))
+        person.presses_ctrl_c()
+        person.reads("press Ctrl-C again")
+        person.reads(">>> ")
+        person.presses_ctrl_c()
+        assert person.leaves() == 130
+
+    def test_ctrl_d_leaves(self, person):
+        person.types("\x04")
+        assert person.leaves() == 0
+
+
+def printed(answer: str) -> str:
+    """An answer without the figures behind it and the line that was typed."""
+    return answer.split("\r\n", 1)[1].split("[prompt")[0]

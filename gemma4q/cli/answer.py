@@ -9,28 +9,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import click
 
-from .terminal import Waiting, coloured, harmless, note, style
+from .terminal import Waiting, coloured, harmless, note, style, warn
 
 THOUGHT, CONTENT = "thought", "content"
 ENDINGS = {  # how an answer may end that a person should know about
-    "length": "the answer was cut at {max_tokens} tokens (-n)",
-    "context": "the context of {context:,} tokens is full: the answer ends here (start with a larger --ctx-size)",
+    "length": "the answer was cut at {count} tokens (-n)",
+    "context": "the context is full: the answer ends here; start with a larger -c, or /clear a conversation",
     "loop": "the model repeats itself: the answer ends here",
+    "cancelled": "stopped",
 }
-
-
-@dataclass
-class Answer:
-    """A finished answer. `finish` is the engine's word; `cancelled` after Ctrl-C."""
-
-    text: str
-    thoughts: str
-    finish: str
-    stats: object
+ONLY_THOUGHTS = "all of it were thoughts: allow more with -n, or none with --reasoning off"
 
 
 @contextmanager
@@ -80,24 +71,29 @@ class Display:
             self.end_thought()
             click.echo(harmless(text) if self.on_terminal else text, nl=False)
 
+    @property
+    def begun(self) -> bool:
+        return any(self.pieces.values())
+
     def end_thought(self) -> None:
         if self.thinking:
             self.thinking = False
             note("\n" if coloured(sys.stderr) else "")
 
     def close(self) -> None:
-        """Leaves the cursor at the start of a line."""
+        """Leaves the cursor at the start of a line, and nothing unwritten."""
         self.end_thought()
         text = self.text(CONTENT)
         if self.stream and text and not text.endswith("\n"):
             click.echo()
+        sys.stdout.flush()
 
     def text(self, kind: str) -> str:
         return "".join(self.pieces[kind])
 
 
-def give(generation, display: Display, quiet: bool) -> Answer:
-    """Shows a generation until its end or Ctrl-C; what was produced until an error or Ctrl-C is kept."""
+def give(generation, display: Display, quiet: bool) -> None:
+    """Shows a generation until its end or Ctrl-C, then says how it ended; raises what ended it otherwise."""
     waiting = Waiting("reading the prompt", quiet)
     try:
         with waiting, stopped_by_ctrl_c(generation.cancel):
@@ -106,13 +102,20 @@ def give(generation, display: Display, quiet: bool) -> Answer:
                 display.add(event.kind, event.text)
     finally:
         display.close()
-        sys.stdout.flush()
-    answer = Answer(display.text(CONTENT), display.text(THOUGHT), generation.finish, generation.stats)
-    if not quiet:
-        note(style(figures(generation.stats), sys.stderr, "2"))
-    return answer
+    if quiet:
+        return
+    if ending := ENDINGS.get(generation.finish):
+        warn(ending.format(count=generation.stats.generated_tokens))
+        if display.begun and not display.text(CONTENT):
+            warn(ONLY_THOUGHTS)
+    note(style(figures(generation.stats, generation.seed), sys.stderr, "2"))
 
 
-def figures(stats) -> str:
+def figures(stats, seed: int) -> str:
     """How fast it went, in one line."""
-    raise NotImplementedError
+    reused = f", {stats.reused_tokens:,} of them reused" if stats.reused_tokens else ""
+    return (
+        f"[prompt {stats.prompt_tokens:,} tokens{reused}, {stats.prompt_tokens_per_second:,.1f} tokens/s; "
+        f"first token after {stats.first_token_seconds:.2f} s; "
+        f"answer {stats.generated_tokens:,} tokens, {stats.tokens_per_second:,.1f} tokens/s; seed {seed}]"
+    )

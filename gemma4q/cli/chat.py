@@ -14,13 +14,16 @@ from pathlib import Path
 import click
 
 from ..errors import Gemma4qError
-from .answer import Display, give
+from .answer import CONTENT, Display, give
 from .options import SAMPLING
-from .terminal import note
+from .terminal import columns, note
 
 PROMPT, MORE, BLOCK = ">>> ", "... ", '"""'
 OTHER_SETTINGS = {"system": "what the model is told to be", "reasoning": "on or off"}
 LARGEST_FILE_BYTES = 64 << 20
+
+
+NAMES = {setting.name: setting for setting in SAMPLING}
 
 
 @dataclass
@@ -32,36 +35,41 @@ class Conversation:
     reasoning: bool = True
     sampling: dict = field(default_factory=dict)
 
+    def options(self) -> dict:
+        """What the engine is told besides the messages."""
+        return self.sampling | {"system": self.system, "thinking": self.reasoning}
+
     def to_json(self) -> str:
         return json.dumps(vars(self), ensure_ascii=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str, path: str) -> "Conversation":
-        """Raises bad_file when `text` is not what `to_json` writes; the messages' own content is checked when used."""
+        """Raises bad_file when `text` is not what `to_json` writes; what it asks for is checked when it is used."""
         try:
-            values = json.loads(text)
-            found = cls(**values)
+            found = cls(**json.loads(text))
             shaped = isinstance(found.messages, list) and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in found.messages
+                isinstance(message, dict) and message.keys() == {"role", "content"} for message in found.messages
             )
             if not (shaped and isinstance(found.system, str | None) and isinstance(found.reasoning, bool)):
                 raise TypeError
-            found.sampling = {name: value for name, value in dict(found.sampling).items() if name in NAMES}
-        except (ValueError, TypeError, RecursionError):
+            for name, value in found.sampling.items():  # JSON knows lists only
+                found.sampling[name] = tuple(map(tuple, value)) if name == "logit_bias" else _tuple(value)
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise Gemma4qError("bad_file", f"{path} is not a conversation saved by /save") from None
         return found
 
 
-NAMES = {setting.name: setting for setting in SAMPLING}
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Chat:
     """The loop of a conversation over a loaded model."""
 
-    def __init__(self, model, conversation: Conversation, fixed: dict, hide_thinking: bool, quiet: bool):
-        self.model, self.conversation, self.fixed = model, conversation, fixed
+    def __init__(self, model, conversation: Conversation, hide_thinking: bool, quiet: bool):
+        self.model, self.conversation = model, conversation
         self.hide_thinking, self.quiet, self.open = hide_thinking, quiet, True
+        self.used = 0  # tokens of the context that the last answer and what came before it took
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self.help, "list these"),
             "/clear": (self.clear, "forget the conversation (also /reset)"),
@@ -106,23 +114,18 @@ class Chat:
                 raise Gemma4qError("bad_command", f"{word} is no command: /help lists them")
             self.commands[name][0](rest.strip())
         elif text.strip():
-            self.conversation.messages.append({"role": "user", "content": text})
-            self.answer()
+            self.ask([*self.conversation.messages, {"role": "user", "content": text}])
 
-    def answer(self) -> None:
-        """Answers the last message; when that cannot be begun, the message is taken back."""
+    def ask(self, messages: list[dict]) -> None:
+        """Answers `messages`, which become the conversation once there is an answer, be it the start of one."""
         talk, display = self.conversation, Display(thoughts=not self.hide_thinking)
+        generation = self.model.chat(messages, **talk.options())
         try:
-            options = self.fixed | talk.sampling
-            generation = self.model.chat(talk.messages, system=talk.system, thinking=talk.reasoning, **options)
-            answer = give(generation, display, self.quiet)
-        except Gemma4qError as error:
-            if display.text("content"):
-                talk.messages.append({"role": "assistant", "content": display.text("content")})
-            else:
-                talk.messages.pop()
-            raise
-        talk.messages.append({"role": "assistant", "content": answer.text})
+            give(generation, display, self.quiet)
+        finally:
+            self.used = generation.stats.prompt_tokens + generation.stats.generated_tokens
+            if display.begun:
+                talk.messages = [*messages, {"role": "assistant", "content": display.text(CONTENT)}]
 
     def help(self, _: str) -> None:
         for name, (_, purpose) in self.commands.items():
@@ -130,7 +133,7 @@ class Chat:
         note(f"{BLOCK:<8} begins and ends a message of several lines")
 
     def clear(self, _: str) -> None:
-        self.conversation.messages.clear()
+        self.conversation.messages, self.used = [], 0
         note("the conversation is forgotten")
 
     def set(self, rest: str) -> None:
@@ -153,36 +156,33 @@ class Chat:
             note(f"{name} is set" if value else f"{name} is as the model has it")
 
     def set_sampling(self, name: str, value: str) -> None:
-        setting = NAMES[name]
+        """Without a value the setting is the model's again; those that may be given often grow."""
+        sampling, setting = self.conversation.sampling, NAMES[name]
         if not value:
-            self.conversation.sampling.pop(name, None)
+            sampling.pop(name, None)
             return
         try:
-            kind = setting.type if isinstance(setting.type, click.ParamType) else click.types.convert_type(setting.type)
-            parsed = kind.convert(value, None, None)
+            parsed = setting.type.convert(value, None, None)
         except click.UsageError as error:
             raise Gemma4qError("bad_option", f"{name}: {error.message}") from None
-        if name == "logit_bias":
-            parsed = self.conversation.sampling.get(name, {}) | dict([parsed])
-        elif setting.multiple:
-            parsed = [*self.conversation.sampling.get(name, ()), parsed]
-        self.conversation.sampling[name] = parsed
+        sampling[name] = (*sampling.get(name, ()), parsed) if setting.multiple else parsed
 
     def show(self, _: str) -> None:
         talk = self.conversation
-        note(f"messages   {len(talk.messages)}")
-        note(f"system     {talk.system or '-'}")
-        note(f"reasoning  {'on' if talk.reasoning else 'off'}")
-        for name, value in talk.sampling.items():
-            note(f"{name}  {value}")
+        rows = [
+            ("messages", len(talk.messages)),
+            ("context", f"{self.used:,} of {self.model.context:,} tokens"),
+            ("system", talk.system or "-"),
+            ("reasoning", "on" if talk.reasoning else "off"),
+        ]
+        note(columns([*rows, *talk.sampling.items()]))
 
     def regen(self, _: str) -> None:
-        messages = self.conversation.messages
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages:
+        before = self.conversation.messages
+        if not any(message["role"] == "user" for message in before):
             raise Gemma4qError("bad_command", "/regen: nothing was asked yet")
-        self.answer()
+        last = max(i for i, message in enumerate(before) if message["role"] == "user")
+        self.ask(before[: last + 1])
 
     def save(self, path: str) -> None:
         Path(_named(path, "/save")).write_text(self.conversation.to_json(), encoding="utf-8")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import click
 
+BACKENDS = ("auto", "native", "portable", "reference")
+KV_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -53,46 +55,39 @@ class Setting(NamedTuple):
     """A sampling option: the engine's name, its spellings, its type, and what it does."""
 
     name: str
-    flags: tuple[str, ...]
-    type: click.ParamType | type
+    flags: str
+    type: click.ParamType
     help: str
     multiple: bool = False
 
 
+WHOLE, REAL, TEXT = click.INT, click.FLOAT, click.STRING
 SAMPLING = (
     Setting(
-        "max_tokens", ("-n", "--predict", "--n-predict"), int, "Tokens to answer with at most; -1: until it is done."
+        "max_tokens", "-n --predict --n-predict", WHOLE, "Answer with this many tokens at most; -1: until it is done."
     ),
-    Setting(
-        "temperature", ("--temp", "--temperature"), float, "How far from the likeliest; 0: always the likeliest token."
-    ),
-    Setting("top_k", ("--top-k",), int, "Choose among this many of the likeliest; 0: all."),
-    Setting("top_p", ("--top-p",), float, "Choose among the likeliest that hold this much probability."),
-    Setting("min_p", ("--min-p",), float, "Drop what is less likely than this share of the likeliest."),
-    Setting(
-        "typical_p", ("--typical",), float, "Choose among the most typical that hold this much probability; 1: off."
-    ),
-    Setting(
-        "xtc_probability", ("--xtc-probability",), float, "How often to drop all likely tokens but the last; 0: never."
-    ),
-    Setting("xtc_threshold", ("--xtc-threshold",), float, "What XTC calls likely."),
-    Setting("dry_multiplier", ("--dry-multiplier",), float, "Penalty for going on as an earlier passage did; 0: none."),
-    Setting("dry_base", ("--dry-base",), float, "How that penalty grows with the length of the passage."),
-    Setting("dry_allowed_length", ("--dry-allowed-length",), int, "Passages up to this length repeat freely."),
-    Setting("dry_last_n", ("--dry-penalty-last-n",), int, "Look this many tokens back for passages."),
-    Setting("dry_breakers", ("--dry-sequence-breaker",), str, "Text that ends a passage; may be given often.", True),
-    Setting("repeat_penalty", ("--repeat-penalty",), float, "Divide the logits of recent tokens; 1: off."),
-    Setting("repeat_last_n", ("--repeat-last-n",), int, "How many tokens count as recent."),
-    Setting("presence_penalty", ("--presence-penalty",), float, "Subtract from the logits of recent tokens."),
-    Setting(
-        "frequency_penalty", ("--frequency-penalty",), float, "Subtract for each time a token is among the recent."
-    ),
-    Setting("logit_bias", ("-l", "--logit-bias"), Bias(), "Add to the logit of a token; may be given often.", True),
-    Setting("samplers", ("--samplers",), str, "The filters to use and their order, as `top_k;top_p;temperature`."),
-    Setting("seed", ("-s", "--seed"), int, "The same seed gives the same text; -1: a random one."),
-    Setting(
-        "stop", ("-r", "--stop", "--reverse-prompt"), str, "End the answer before this text; may be given often.", True
-    ),
+    Setting("temperature", "--temp --temperature", REAL, "Distance from the likeliest token; 0: always the likeliest."),
+    Setting("top_k", "--top-k", WHOLE, "Choose among this many of the likeliest; 0: all."),
+    Setting("top_p", "--top-p", REAL, "Choose among the likeliest that hold this much probability."),
+    Setting("min_p", "--min-p", REAL, "Drop what is less likely than this share of the likeliest."),
+    Setting("typical_p", "--typical", REAL, "Choose among the most typical that hold this much probability."),
+    Setting("top_n_sigma", "--top-nsigma", REAL, "Choose within so many standard deviations of the likeliest."),
+    Setting("xtc_probability", "--xtc-probability", REAL, "How often to drop all likely tokens but the last of them."),
+    Setting("xtc_threshold", "--xtc-threshold", REAL, "What XTC calls likely."),
+    Setting("dynatemp_range", "--dynatemp-range", REAL, "Let the temperature follow the model's doubt by this much."),
+    Setting("dynatemp_exponent", "--dynatemp-exp", REAL, "How it follows."),
+    Setting("dry_multiplier", "--dry-multiplier", REAL, "Penalty for going on as an earlier passage did."),
+    Setting("dry_base", "--dry-base", REAL, "How that penalty grows with the length of the passage."),
+    Setting("dry_allowed_length", "--dry-allowed-length", WHOLE, "Passages up to this length repeat freely."),
+    Setting("dry_last_n", "--dry-penalty-last-n", WHOLE, "Look so many tokens back for passages; -1: all."),
+    Setting("dry_breakers", "--dry-sequence-breaker", TEXT, "Text that ends a passage; may be given often.", True),
+    Setting("repeat_penalty", "--repeat-penalty", REAL, "Divide the logits of recent tokens; 1: off."),
+    Setting("repeat_last_n", "--repeat-last-n", WHOLE, "How many tokens count as recent; -1: all."),
+    Setting("presence_penalty", "--presence-penalty", REAL, "Subtract from the logits of recent tokens."),
+    Setting("frequency_penalty", "--frequency-penalty", REAL, "Subtract for each time a token is among the recent."),
+    Setting("logit_bias", "-l --logit-bias", Bias(), "Add to the logit of a token; may be given often.", True),
+    Setting("seed", "-s --seed", WHOLE, "The same seed gives the same text; -1: a random one."),
+    Setting("stop", "-r --stop --reverse-prompt", TEXT, "End the answer before this text; may be given often.", True),
 )
 
 
@@ -100,34 +95,21 @@ def given(values: dict[str, object]) -> dict[str, object]:
     """Takes the sampling options that were given out of a command's values, as the engine wants them."""
     found = {setting.name: values.pop(setting.name) for setting in SAMPLING}
     found = {name: value for name, value in found.items() if value not in (None, ())}
-    if bias := found.get("logit_bias"):
-        found["logit_bias"] = dict(bias)
-    return found
+    return found | {"ignore_eos": values.pop("ignore_eos"), "token_mask": not values.pop("no_token_mask")}
 
 
 model = click.argument("model", type=click.Path())
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-machine = together(
-    click.option(
-        "-c", "--ctx-size", "context", type=click.IntRange(min=0), help="Tokens of context; default: as many as fit."
-    ),
-    click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: the cores we may use."),
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "native", "portable", "reference"]),
-        default="auto",
-        help="Who computes.",
-    ),
-    click.option("--isa", help="Use this instruction set (see `gemma4q doctor`), not the best one."),
-    click.option(
-        "--kv",
-        type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]),
-        default="auto",
-        help="Type of keys and values.",
-    ),
+context_size = click.option(
+    "-c", "--ctx-size", "context", type=click.IntRange(min=0), help="Tokens of context; default: as memory allows."
 )
+threads = click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: the cores we may use.")
+backend = click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Who computes.")
+isa = click.option("--isa", help="Use this instruction set (see `gemma4q doctor`), not the best one.")
+kv = click.option("--kv", type=click.Choice(KV_TYPES), default="auto", help="Type of keys and values.")
+machine = together(context_size, threads, backend, isa, kv)
 sampling = together(
-    *(click.option(*s.flags, s.name, type=s.type, multiple=s.multiple, help=s.help) for s in SAMPLING),
+    *(click.option(*s.flags.split(), s.name, type=s.type, multiple=s.multiple, help=s.help) for s in SAMPLING),
     click.option("--ignore-eos", is_flag=True, help="Go on where the model would end."),
     click.option("--no-token-mask", is_flag=True, help="Allow tokens that no answer contains, as <pad>."),
 )

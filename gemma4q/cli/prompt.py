@@ -17,14 +17,18 @@ words = click.argument("words", metavar="[TEXT]...", nargs=-1)
 file = click.option("-f", "--file", "file", type=click.Path(), help="Read the text from this file.")
 
 
-def read_text(words: Sequence[str], file: str | None) -> str | None:
-    """The text given, its sources joined by a newline; None when there is none. Invalid UTF-8 becomes U+FFFD."""
+def read_text(words: Sequence[str], file: str | None, trim: bool = False) -> str | None:
+    """The text given, its sources joined by a newline; None when there is none. Invalid UTF-8 becomes U+FFFD.
+
+    `trim`: without the newline that ends a file, which editors and `echo` put there.
+    """
     parts = [" ".join(os.fsencode(word).decode("utf-8", "replace") for word in words)] if words else []
     if file:
         parts.append(_read(file))
     if _piped() or not (parts or sys.stdin.isatty()):
         parts.append(sys.stdin.read(LONGEST_BYTES))
-    return "\n".join(part for part in parts if part) if any(parts) else None
+    parts = [part.removesuffix("\n") if trim else part for part in parts if part]
+    return "\n".join(parts) if parts else None
 
 
 def unescape(text: str) -> str:

@@ -70,7 +70,7 @@ def template(
     from ..text.normalise import messages as normalised
     from ..text.segments import encode, text_of
 
-    text = prompt.read_text(words, file) or ""
+    text = prompt.read_text(words, file, trim=True) or ""
     tokenizer, metadata = _tokenizer(model)
     given = _parsed(text) if messages else [{"role": "user", "content": text}]
     turns = normalised(([{"role": "system", "content": system}] if system else []) + given)

@@ -1,0 +1,88 @@
+"""`run`: one answer to a prompt, or a conversation when there is none."""
+
+import json
+import sys
+from dataclasses import asdict
+
+import click
+
+from ..errors import Gemma4qError
+from . import INTERRUPTED, options, prompt
+from .answer import CONTENT, THOUGHT, Display, give
+from .terminal import Waiting, warn
+
+NO_TEMPLATE = "this file has no chat template or no turn tokens"
+
+
+@options.command()
+@options.model
+@prompt.words
+@prompt.file
+@options.talk
+@options.sampling
+@options.machine
+@click.option("--raw", is_flag=True, help="Complete the text as it is, without a chat template.")
+@click.option("-e", "--escape", is_flag=True, help=r"Read \n, \t and so on in the prompt as the characters they name.")
+@click.option("-st", "--single-turn", is_flag=True, help="One answer, no conversation.")
+@click.option("--hide-thinking", is_flag=True, help="Do not print thoughts.")
+@click.option("--quiet", is_flag=True, help="No notes and figures on stderr.")
+@options.as_json
+def run(model: str, words: tuple[str, ...], file: str | None, raw: bool, escape: bool, **values) -> None:
+    """Answer a prompt (given here, in a file, or piped in), or chat when there is none."""
+    text = prompt.read_text(words, file, trim=True)
+    quiet, alone = values["quiet"], raw or values["single_turn"] or values["as_json"]
+    if text is None and (alone or not sys.stdin.isatty()):
+        raise click.UsageError("there is no prompt: give one here, with -f, or on stdin")
+    how = options.given(values)
+    with _load(model, values, quiet) as loaded:
+        if not raw and not _can_chat(loaded):
+            if text is None:
+                raise Gemma4qError("missing_key", f"{model} cannot chat: {NO_TEMPLATE}; --raw completes a text")
+            raw = True
+            if not quiet:
+                warn(f"{NO_TEMPLATE}: it completes the text, as with --raw")
+        if text is None:
+            _chat(loaded, how, values)
+            return
+        text = prompt.unescape(text) if escape else text
+        display = Display(stream=not values["as_json"], thoughts=not values["hide_thinking"])
+        generation = loaded.generate(text, **how) if raw else _ask(loaded, text, how, values)
+        give(generation, display, quiet)
+        if values["as_json"]:
+            click.echo(_json(generation, display))
+    if generation.finish == "cancelled":
+        click.get_current_context().exit(INTERRUPTED)
+
+
+def _load(model: str, values: dict, quiet: bool):
+    from ..engine.model import load
+
+    with Waiting("loading", quiet):
+        machine = {name: values[name] for name in ("backend", "isa", "threads", "context", "kv")}
+        loaded = load(model, **machine)
+    if values["template_size"]:
+        loaded.flavour = values["template_size"]
+    return loaded
+
+
+def _can_chat(loaded) -> bool:
+    has_turns = {"<|turn>", "<turn|>"} <= loaded.tokenizer.special_ids.keys()
+    return has_turns and "tokenizer.chat_template" in loaded.gguf.metadata
+
+
+def _ask(loaded, text: str, how: dict, values: dict):
+    messages = [{"role": "user", "content": text}]
+    return loaded.chat(messages, system=values["system"], thinking=values["reasoning"] == "on", **how)
+
+
+def _chat(loaded, how: dict, values: dict) -> None:
+    from .chat import Chat, Conversation
+
+    talk = Conversation(system=values["system"], reasoning=values["reasoning"] == "on", sampling=how)
+    Chat(loaded, talk, values["hide_thinking"], values["quiet"]).run()
+
+
+def _json(generation, display: Display) -> str:
+    stats = asdict(generation.stats) | {"tokens_per_second": generation.stats.tokens_per_second}
+    found = {"text": display.text(CONTENT), "thoughts": display.text(THOUGHT), "finish": generation.finish}
+    return json.dumps(found | {"seed": generation.seed, "stats": stats})
