@@ -10,6 +10,7 @@ enum {
     PANEL_BYTES = STRETCH_COLS * LANES,         /* q, or floats of a quarter of the columns */
     GROUP_FLOATS = STRETCH_COLS / 16 * LANES,
     STEP = 256,
+    SPARE = 384,        /* room for a step of one row, and for reading 64 bytes from its end */
 };
 
 typedef struct {
@@ -23,123 +24,266 @@ static inline int64_t K(stretch_cols)(int32_t type) {
     return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 ? STRETCH_COLS / 4 : STRETCH_COLS;
 }
 
+/* The share of the next panel that goes with `bytes` of each of this panel's rows, `at` bytes into them. */
 static INLINE void K(prefetch_share)(const uint8_t *next, int64_t at, int64_t bytes) {
-    for (int64_t n = 0; n < bytes; n += 64) K(prefetch)(next + at + n);
+    for (int64_t n = 0; n < bytes * LANES; n += 64) K(prefetch)(next + at * LANES + n);
 }
 
-/* -- Blocks of 32 with an f16 scale (and minimum) before 16 bytes of nibbles, perhaps a fifth bit in between ---------- */
+/* -- Lines: sixteen rows' dwords of packed bits, split alike in every lane -------------------------------------- */
 
-typedef struct { int bytes, d, m, qh, qs; const uint8_t *table; } K(nibble_layout);      /* offsets, -1: none */
+/* A line as sixteen dwords: the compiler's own vectors, as wide as the instruction set has them. */
+typedef uint32_t K(dwords) __attribute__((vector_size(64), aligned(64), may_alias));
 
-static INLINE void K(unpack_nibbles)(const K(nibble_layout) f, const uint8_t *w, int64_t stride, int rows, int64_t cols,
-                                     panel p, const uint8_t *next) {
+typedef int32_t K(signed_dwords) __attribute__((vector_size(64), aligned(64), may_alias));
+typedef float K(floats) __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t K(words) __attribute__((vector_size(32), aligned(32), may_alias));
+
+static INLINE K(floats) K(number)(K(dwords) x) { return __builtin_convertvector((K(signed_dwords))x, K(floats)); }
+/* The low half of each dword as an f16. */
+static INLINE K(floats) K(halves)(K(dwords) x) {
+    const K(words) low = __builtin_convertvector(x, K(words));
+    K(floats) y;
+    K(store)((float *)&y, K(load_f16)((const f16 *)&low));
+    return y;
+}
+
+/* The bits of x from `down` on that `mask` keeps, moved `up` in each byte. */
+static INLINE K(dwords) K(bits)(const uint8_t *x, int down, uint32_t mask, int up) {
+    return (*(const K(dwords) *)x >> down & mask) << up;
+}
+/* Four bits of each lane from bit `at` on become 16 in its four bytes. */
+static INLINE K(dwords) K(fifth)(const uint32_t *bits, int at) {
+    const K(dwords) four = *(const K(dwords) *)bits >> at & 15;
+    return ((four | four << 7 | four << 14 | four << 21) & 0x01010101) << 4;
+}
+static INLINE void K(put_line)(panel p, int64_t k, K(dwords) x) { *(K(dwords) *)(p.q + k * LANES) = x; }
+
+enum { NIBBLES = 0x0f0f0f0f, PAIRS = 0x03030303, ONES = 0x01010101 };
+
+/* The rows there are; or a copy with room behind each, in which row 0 fills up the sixteen. */
+static INLINE const uint8_t *K(sixteen)(const uint8_t *w, int64_t *stride, int rows, int roomy, int64_t bytes,
+                                        uint8_t *spare) {
+    if (rows == LANES && roomy) return w;
+    for (int r = 0; r < LANES; r++) __builtin_memcpy(spare + r * SPARE, w + (r < rows ? r : 0) * *stride, (size_t)bytes);
+    *stride = SPARE;
+    return spare;
+}
+
+/* -- Blocks of 32: an f16 scale (and minimum), then bytes, or nibbles and perhaps a fifth bit ------------------------- */
+
+typedef struct { int bytes, m, qh, qs; const uint8_t *table; } K(block_layout);      /* offsets, -1: none */
+
+static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, int64_t row_stride, int rows, int64_t cols,
+                                    panel p, const uint8_t *next) {
+    _Alignas(64) uint8_t spare[LANES * SPARE];
     for (int64_t k = 0; k < cols; k += STEP) {
-        _Alignas(64) uint8_t packed[LANES][STEP / 2], line[LANES][64];
+        _Alignas(64) uint8_t lines[16][64];
         _Alignas(64) uint16_t d[STEP / 32][LANES], m[STEP / 32][LANES];
         _Alignas(64) uint32_t fifth[STEP / 32][LANES];
         const int blocks = cols - k < STEP ? (int)(cols - k) / 32 : STEP / 32;
         const int64_t at = k / 32 * f.bytes;
+        int64_t stride = row_stride;
+        /* Q8_0's 32 bytes are read as 64: at the end of a row from a copy with room behind. */
+        const int roomy = f.bytes != sizeof(block_q8_0) || k + STEP < cols;
+        const uint8_t *base = K(sixteen)(w + at, &stride, rows, roomy, blocks * f.bytes, spare);
         for (int r = 0; r < LANES; r++) {
-            const uint8_t *b = w + (r < rows ? r : 0) * stride + at;
-            for (int i = 0; i < blocks; i++, b += f.bytes) {
-                __builtin_memcpy(packed[r] + 16 * i, b + f.qs, 16);
-                if (f.d >= 0) __builtin_memcpy(&d[i][r], b + f.d, 2);
-                else d[i][r] = b[0];
-                if (f.m >= 0) __builtin_memcpy(&m[i][r], b + f.m, 2);
-                if (f.qh >= 0) __builtin_memcpy(&fifth[i][r], b + f.qh, 4);
+            const uint8_t *b = base + r * stride;
+#pragma GCC unroll 8
+            for (int i = 0; i < STEP / 32; i++) {
+                if (i >= blocks) break;
+                __builtin_memcpy(&d[i][r], b + i * f.bytes, 2);
+                if (f.m >= 0) __builtin_memcpy(&m[i][r], b + i * f.bytes + f.m, 2);
+                if (f.qh >= 0) __builtin_memcpy(&fifth[i][r], b + i * f.bytes + f.qh, 4);
             }
-            K(prefetch_share)(next, at * LANES + (int64_t)r * blocks * f.bytes, (int64_t)blocks * f.bytes);
         }
+        K(prefetch_share)(next, at, blocks * f.bytes);
         for (int i = 0; i < blocks; i++) {
             float *scale = p.scale + (k / 32 + i) * LANES;
-            if (f.d >= 0) {
+            if (f.qs > 1) {
                 K(store)(scale, K(load_f16)((const f16 *)d[i]));
             } else {
-                uint32_t *bits = (uint32_t *)scale;
-                for (int r = 0; r < LANES; r++) bits[r] = K(e8m0)(d[i][r]);
+                uint32_t *exponents = (uint32_t *)scale;
+                for (int r = 0; r < LANES; r++) exponents[r] = K(e8m0)(d[i][r] & 255u);
             }
             if (f.m >= 0) K(store)(p.minimum + (k / 32 + i) * LANES, K(load_f16)((const f16 *)m[i]));
         }
-        for (int i = 0; i < blocks; i += 4) {
-            const int lines = blocks - i < 4 ? 4 * (blocks - i) : 16;
-            K(transpose)(packed[0] + 16 * i, STEP / 2, line[0], lines <= 8 ? 8 : 16);
-            for (int j = 0; j < lines; j++) {
-                uint8_t *low = p.q + (k + 32 * (i + j / 4) + 4 * (j % 4)) * LANES, *high = low + 16 * LANES;
-                K(split)(line[j], low, high);
-                if (f.qh >= 0) {
-                    K(add_bits)(fifth[i + j / 4], 4 * (j % 4), low);
-                    K(add_bits)(fifth[i + j / 4], 4 * (j % 4) + 16, high);
-                }
-                if (f.table) {
-                    K(lookup)(f.table, low);
-                    K(lookup)(f.table, high);
-                }
-            }
-        }
-    }
-}
-#define NIBBLES(name, d, m, qh, qs, table)                                                                             \
-    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
-        const K(nibble_layout) f = {sizeof(block_##name), d, m, qh, qs, table};                                        \
-        K(unpack_nibbles)(f, w, stride, rows, cols, p, next);                                                          \
-    }
-NIBBLES(q4_0, 0, -1, -1, 2, NULL)
-NIBBLES(q4_1, 0, 2, -1, 4, NULL)
-NIBBLES(q5_0, 0, -1, 2, 6, NULL)
-NIBBLES(q5_1, 0, 2, 4, 8, NULL)
-NIBBLES(iq4_nl, 0, -1, -1, 2, K(iq4_table))
-NIBBLES(mxfp4, -1, -1, -1, 1, K(fp4_table))
-#undef NIBBLES
-
-static void K(unpack_q8_0)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) {
-    for (int64_t k = 0; k < cols; k += STEP) {
-        _Alignas(64) uint8_t bytes[LANES][STEP];
-        _Alignas(64) uint16_t d[STEP / 32][LANES];
-        const int blocks = cols - k < STEP ? (int)(cols - k) / 32 : STEP / 32;
-        const int64_t at = k / 32 * (int64_t)sizeof(block_q8_0);
-        for (int r = 0; r < LANES; r++) {
-            const block_q8_0 *b = (const block_q8_0 *)(w + (r < rows ? r : 0) * stride + at);
+        if (f.bytes == sizeof(block_q8_0)) {
             for (int i = 0; i < blocks; i++) {
-                __builtin_memcpy(bytes[r] + 32 * i, b[i].qs, 32);
-                d[i][r] = b[i].d.bits;
+                K(transpose)(base + i * f.bytes + f.qs, stride, lines[0], 8);
+                for (int j = 0; j < 8; j++) K(put_line)(p, k + 32 * i + 4 * j, *(K(dwords) *)lines[j] ^ 0x80808080);
             }
-            K(prefetch_share)(next, at * LANES + r * blocks * (int64_t)sizeof *b, blocks * (int64_t)sizeof *b);
+            continue;
         }
-        for (int i = 0; i < blocks; i++)
-            K(store)(p.scale + (k / 32 + i) * LANES, K(load_f16)((const f16 *)d[i]));
-        for (int i = 0; i < blocks; i += 2) {
-            uint8_t *out = p.q + (k + 32 * i) * LANES;
-            const int lines = blocks - i < 2 ? 8 : 16;
-            K(transpose)(bytes[0] + 32 * i, STEP, out, lines);
-            for (int j = 0; j < 64 * lines; j++) out[j] ^= 128;
+        for (int i = 0; i < blocks; i++) {
+            K(transpose_quad)(base + i * f.bytes + f.qs, stride, lines[0]);
+            for (int j = 0; j < 4; j++) {
+                const int64_t column = k + 32 * i + 4 * j;
+                K(dwords) low = K(bits)(lines[j], 0, NIBBLES, 0), high = K(bits)(lines[j], 4, NIBBLES, 0);
+                if (f.qh >= 0) {
+                    low |= K(fifth)(fifth[i], 4 * j);
+                    high |= K(fifth)(fifth[i], 4 * j + 16);
+                }
+                K(put_line)(p, column, low);
+                K(put_line)(p, column + 16, high);
+                if (f.table) {
+                    K(lookup)(f.table, p.q + column * LANES);
+                    K(lookup)(f.table, p.q + (column + 16) * LANES);
+                }
+            }
         }
     }
 }
-
-/* -- Super-blocks of 256: decoded row by row, scales turned like the bytes ------------------------------------------------ */
-
-#define SUPER(name, group, minima)                                                                                     \
+#define BLOCKS(name, m, qh, qs, table)                                                                                 \
     static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
-        enum { GROUPS = STEP / (group) };                                                                              \
+        const K(block_layout) f = {sizeof(block_##name), m, qh, qs, table};                                            \
+        K(unpack_blocks)(f, w, stride, rows, cols, p, next);                                                           \
+    }
+BLOCKS(q4_0, -1, -1, 2, NULL)
+BLOCKS(q4_1, 2, -1, 4, NULL)
+BLOCKS(q5_0, -1, 2, 6, NULL)
+BLOCKS(q5_1, 2, 4, 8, NULL)
+BLOCKS(q8_0, -1, -1, 2, NULL)
+BLOCKS(iq4_nl, -1, -1, 2, K(iq4_table))
+BLOCKS(mxfp4, -1, -1, 1, K(fp4_table))
+#undef BLOCKS
+
+/* -- Super-blocks of 256 ------------------------------------------------------------------------------------------------- */
+
+static INLINE void K(q_q4_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+    _Alignas(64) uint8_t lines[16][64];
+    for (int h = 0; h < 2; h++) {
+        K(transpose)(b + offsetof(block_q4_k, qs) + 64 * h, stride, lines[0], 16);
+        for (int j = 0; j < 16; j++) {
+            const int64_t column = k + 128 * h + 64 * (j / 8) + 4 * (j % 8);
+            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0));
+            K(put_line)(p, column + 32, K(bits)(lines[j], 4, NIBBLES, 0));
+        }
+    }
+}
+static INLINE void K(q_q5_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+    _Alignas(64) uint8_t lines[16][64], high[8][64];
+    K(transpose)(b + offsetof(block_q5_k, qh), stride, high[0], 8);
+    for (int h = 0; h < 2; h++) {
+        K(transpose)(b + offsetof(block_q5_k, qs) + 64 * h, stride, lines[0], 16);
+        for (int j = 0; j < 16; j++) {
+            const int piece = 2 * (2 * h + j / 8);
+            const int64_t column = k + 32 * piece + 4 * (j % 8);
+            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(high[j % 8], piece, ONES, 4));
+            K(put_line)(p, column + 32, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(high[j % 8], piece + 1, ONES, 4));
+        }
+    }
+}
+static INLINE void K(q_q6_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+    _Alignas(64) uint8_t lines[16][64], high[16][64];
+    K(transpose)(b + offsetof(block_q6_k, qh), stride, high[0], 16);
+    for (int h = 0; h < 2; h++) {
+        K(transpose)(b + offsetof(block_q6_k, ql) + 64 * h, stride, lines[0], 16);
+        for (int j = 0; j < 16; j++) {
+            const int64_t column = k + 128 * h + 4 * j;
+            const uint8_t *two = high[8 * h + j % 8];
+            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(two, 2 * (j / 8), PAIRS, 4));
+            K(put_line)(p, column + 64, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(two, 4 + 2 * (j / 8), PAIRS, 4));
+        }
+    }
+}
+static INLINE void K(q_iq4_xs)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+    _Alignas(64) uint8_t lines[16][64];
+    for (int h = 0; h < 2; h++) {
+        K(transpose)(b + offsetof(block_iq4_xs, qs) + 64 * h, stride, lines[0], 16);
+        for (int j = 0; j < 16; j++) {
+            const int64_t column = k + 128 * h + 32 * (j / 4) + 4 * (j % 4);
+            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0));
+            K(put_line)(p, column + 16, K(bits)(lines[j], 4, NIBBLES, 0));
+            K(lookup)(K(iq4_table), p.q + column * LANES);
+            K(lookup)(K(iq4_table), p.q + (column + 16) * LANES);
+        }
+    }
+}
+static INLINE void K(q_q2_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+    _Alignas(64) uint8_t lines[16][64];
+    K(transpose)(b + offsetof(block_q2_k, qs), stride, lines[0], 16);
+    for (int j = 0; j < 16; j++)
+        for (int g = 0; g < 4; g++)
+            K(put_line)(p, k + 128 * (j / 8) + 32 * g + 4 * (j % 8), K(bits)(lines[j], 2 * g, PAIRS, 0));
+}
+static INLINE void K(q_q3_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+    _Alignas(64) uint8_t lines[16][64], high[8][64];
+    K(transpose)(b + offsetof(block_q3_k, hmask), stride, high[0], 8);
+    K(transpose)(b + offsetof(block_q3_k, qs), stride, lines[0], 16);
+    for (int j = 0; j < 16; j++)
+        for (int g = 0; g < 4; g++)
+            K(put_line)(p, k + 128 * (j / 8) + 32 * g + 4 * (j % 8),
+                        K(bits)(lines[j], 2 * g, PAIRS, 0) | K(bits)(high[j % 8], 4 * (j / 8) + g, ONES, 2));
+}
+
+/* Eight 6-bit scales and minima and their f16 factors, the first 16 bytes of a block. */
+static INLINE void K(scales_by_lane_k)(const uint8_t *b, int64_t stride, panel p, int64_t group) {
+    _Alignas(64) uint8_t lines[4][64];
+    K(transpose_quad)(b, stride, lines[0]);
+    const K(dwords) first = *(K(dwords) *)lines[1], second = *(K(dwords) *)lines[2], third = *(K(dwords) *)lines[3];
+    const K(dwords) scales[2] = {first & 0x3f3f3f3f, (third & NIBBLES) | (first >> 2 & 0x30303030)};
+    const K(dwords) minima[2] = {second & 0x3f3f3f3f, (third >> 4 & NIBBLES) | (second >> 2 & 0x30303030)};
+    const K(floats) d = K(halves)(*(K(dwords) *)lines[0]), dmin = -K(halves)(*(K(dwords) *)lines[0] >> 16);
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g++) {
+        const int at = g % 4 * 8;
+        *(K(floats) *)(p.scale + (group + g) * LANES) = d * K(number)(scales[g / 4] >> at & 255);
+        *(K(floats) *)(p.minimum + (group + g) * LANES) = dmin * K(number)(minima[g / 4] >> at & 255);
+    }
+}
+#define BY_LANE_q4_k(b, stride, p, k) K(scales_by_lane_k)(b, stride, p, (k) / 32)
+#define BY_LANE_q5_k(b, stride, p, k) K(scales_by_lane_k)(b, stride, p, (k) / 32)
+
+/* Sixteen signed bytes and one f16 factor. */
+static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, panel p, int64_t group) {
+    _Alignas(64) uint8_t lines[4][64];
+    _Alignas(64) uint32_t factors[LANES];
+    K(transpose_quad)(b + offsetof(block_q6_k, scales), stride, lines[0]);
+    for (int r = 0; r < LANES; r++) {
+        uint16_t d;
+        __builtin_memcpy(&d, b + r * stride + offsetof(block_q6_k, d), 2);
+        factors[r] = d;
+    }
+    const K(floats) d = K(halves)(*(K(dwords) *)factors);
+#pragma GCC unroll 16
+    for (int g = 0; g < 16; g++) {
+        const K(signed_dwords) x = (K(signed_dwords))(*(K(dwords) *)lines[g / 4] << (24 - g % 4 * 8)) >> 24;
+        *(K(floats) *)(p.scale + (group + g) * LANES) = d * __builtin_convertvector(x, K(floats));
+    }
+}
+#define BY_LANE_q6_k(b, stride, p, k) K(scales_by_lane_q6_k)(b, stride, p, (k) / 16)
+
+/* The rarer formats decode their scales row by row. */
+#define BY_ROW(name, group, minima, b, stride, p, k)                                                                    \
+    do {                                                                                                               \
+        _Alignas(64) float scale[LANES][16], minimum[LANES][16];                                                       \
+        for (int r = 0; r < LANES; r++) K(scales_##name)((const block_##name *)((b) + r * (stride)), scale[r], minimum[r]); \
+        K(transpose)((uint8_t *)scale, 64, (uint8_t *)((p).scale + (k) / (group) * LANES), STEP / (group));            \
+        if (minima) K(transpose)((uint8_t *)minimum, 64, (uint8_t *)((p).minimum + (k) / (group) * LANES), STEP / (group)); \
+    } while (0)
+#define BY_LANE_q2_k(b, stride, p, k) BY_ROW(q2_k, 16, 1, b, stride, p, k)
+#define BY_LANE_q3_k(b, stride, p, k) BY_ROW(q3_k, 16, 0, b, stride, p, k)
+#define BY_LANE_iq4_xs(b, stride, p, k) BY_ROW(iq4_xs, 32, 0, b, stride, p, k)
+
+#define SUPER(name)                                                                                                    \
+    static void K(unpack_##name)(const uint8_t *w, int64_t row_stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+        enum { BYTES = sizeof(block_##name) };                                                                         \
+        _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
         for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
-            _Alignas(64) uint8_t q[LANES][STEP];                                                                       \
-            _Alignas(64) float scale[LANES][16], minimum[LANES][16];                                                   \
-            const int64_t at = k / STEP * (int64_t)sizeof(block_##name);                                               \
-            for (int r = 0; r < LANES; r++) {                                                                          \
-                K(decode_##name)((const block_##name *)(w + (r < rows ? r : 0) * stride + at), q[r], scale[r], minimum[r]); \
-                K(prefetch_share)(next, at * LANES + r * (int64_t)sizeof(block_##name), sizeof(block_##name));         \
-            }                                                                                                          \
-            K(transpose)((uint8_t *)scale, 64, (uint8_t *)(p.scale + k / (group) * LANES), GROUPS);                    \
-            if (minima) K(transpose)((uint8_t *)minimum, 64, (uint8_t *)(p.minimum + k / (group) * LANES), GROUPS);    \
-            for (int i = 0; i < STEP; i += 64) K(transpose)(q[0] + i, STEP, p.q + (k + i) * LANES, 16);                \
+            const int64_t at = k / STEP * BYTES;                                                                       \
+            int64_t stride = row_stride;                                                                               \
+            const uint8_t *b = K(sixteen)(w + at, &stride, rows, 1, BYTES, spare);                                     \
+            K(prefetch_share)(next, at, BYTES);                                                                        \
+            BY_LANE_##name(b, stride, p, k);                                                                           \
+            K(q_##name)(b, stride, p, k);                                                                              \
         }                                                                                                              \
     }
-SUPER(q2_k, 16, 1)
-SUPER(q3_k, 16, 0)
-SUPER(q4_k, 32, 1)
-SUPER(q5_k, 32, 1)
-SUPER(q6_k, 16, 0)
-SUPER(iq4_xs, 32, 0)
+SUPER(q2_k)
+SUPER(q3_k)
+SUPER(q4_k)
+SUPER(q5_k)
+SUPER(q6_k)
+SUPER(iq4_xs)
 #undef SUPER
 
 /* -- Floats ----------------------------------------------------------------------------------------------------------------- */

@@ -67,23 +67,21 @@ static inline void K(decode_q8_0)(const block_q8_0 *b, uint8_t *restrict q, floa
     for (int i = 0; i < 32; i++) q[i] = (uint8_t)b->qs[i] ^ 128;
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_q2_k)(const block_q2_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
-    for (int h = 0; h < 2; h++)
-        for (int g = 0; g < 4; g++)
-            for (int i = 0; i < 32; i++) q[128 * h + 32 * g + i] = b->qs[32 * h + i] >> 2 * g & 3;
+static inline void K(scales_q2_k)(const block_q2_k *b, float *restrict scale, float *restrict minimum) {
     const float d = K(half)(b->d), dmin = K(half)(b->dmin);
     for (int s = 0; s < 16; s++) {
         scale[s] = d * (float)(b->scales[s] & 15);
         minimum[s] = -dmin * (float)(b->scales[s] >> 4);
     }
 }
-static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
-    (void)minimum;
+static inline void K(decode_q2_k)(const block_q2_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     for (int h = 0; h < 2; h++)
         for (int g = 0; g < 4; g++)
-            for (int i = 0; i < 32; i++)
-                q[128 * h + 32 * g + i] =
-                    (uint8_t)((b->qs[32 * h + i] >> 2 * g & 3) | (b->hmask[i] >> (4 * h + g) & 1) << 2);
+            for (int i = 0; i < 32; i++) q[128 * h + 32 * g + i] = b->qs[32 * h + i] >> 2 * g & 3;
+    K(scales_q2_k)(b, scale, minimum);
+}
+static inline void K(scales_q3_k)(const block_q3_k *b, float *restrict scale, float *restrict minimum) {
+    (void)minimum;
     const float d = K(half)(b->d);
     for (int s = 0; s < 16; s++) {
         const int low = s < 8 ? b->scales[s] & 15 : b->scales[s - 8] >> 4;
@@ -91,9 +89,29 @@ static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *restrict q, floa
         scale[s] = d * (float)((low | high << 4) - 32);
     }
 }
-static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+    for (int h = 0; h < 2; h++)
+        for (int g = 0; g < 4; g++)
+            for (int i = 0; i < 32; i++)
+                q[128 * h + 32 * g + i] =
+                    (uint8_t)((b->qs[32 * h + i] >> 2 * g & 3) | (b->hmask[i] >> (4 * h + g) & 1) << 2);
+    K(scales_q3_k)(b, scale, minimum);
+}
+static inline void K(scales_q4_k)(const block_q4_k *b, float *restrict scale, float *restrict minimum) {
     uint8_t s[8], m[8];
+    K(six_bits)(b->scales, s, m);
+    const float d = K(half)(b->d), dmin = K(half)(b->dmin);
+    for (int g = 0; g < 8; g++) {
+        scale[g] = d * (float)s[g];
+        minimum[g] = -dmin * (float)m[g];
+    }
+}
+static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
+    K(scales_q4_k)(b, scale, minimum);
+}
+static inline void K(scales_q5_k)(const block_q5_k *b, float *restrict scale, float *restrict minimum) {
+    uint8_t s[8], m[8];
     K(six_bits)(b->scales, s, m);
     const float d = K(half)(b->d), dmin = K(half)(b->dmin);
     for (int g = 0; g < 8; g++) {
@@ -102,19 +120,17 @@ static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *restrict q, floa
     }
 }
 static inline void K(decode_q5_k)(const block_q5_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
-    uint8_t s[8], m[8];
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 32; i++) q[32 * g + i] |= (uint8_t)((b->qh[i] >> g & 1) << 4);
-    K(six_bits)(b->scales, s, m);
-    const float d = K(half)(b->d), dmin = K(half)(b->dmin);
-    for (int g = 0; g < 8; g++) {
-        scale[g] = d * (float)s[g];
-        minimum[g] = -dmin * (float)m[g];
-    }
+    K(scales_q5_k)(b, scale, minimum);
+}
+static inline void K(scales_q6_k)(const block_q6_k *b, float *restrict scale, float *restrict minimum) {
+    (void)minimum;
+    const float d = K(half)(b->d);
+    for (int s = 0; s < 16; s++) scale[s] = d * (float)b->scales[s];
 }
 static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
-    (void)minimum;
     for (int h = 0; h < 2; h++) {
         const uint8_t *ql = b->ql + 64 * h, *qh = b->qh + 32 * h;
         uint8_t *out = q + 128 * h;
@@ -125,8 +141,7 @@ static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *restrict q, floa
             out[i + 96] = (uint8_t)(ql[i + 32] >> 4 | (qh[i] >> 6) << 4);
         }
     }
-    const float d = K(half)(b->d);
-    for (int s = 0; s < 16; s++) scale[s] = d * (float)b->scales[s];
+    K(scales_q6_k)(b, scale, minimum);
 }
 static inline void K(decode_iq4_nl)(const block_iq4_nl *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;
@@ -134,15 +149,18 @@ static inline void K(decode_iq4_nl)(const block_iq4_nl *b, uint8_t *restrict q, 
     for (int i = 0; i < 32; i++) q[i] = K(iq4_table)[q[i]];
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_iq4_xs)(const block_iq4_xs *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(scales_iq4_xs)(const block_iq4_xs *b, float *restrict scale, float *restrict minimum) {
     (void)minimum;
     const float d = K(half)(b->d);
     for (int g = 0; g < 8; g++) {
-        K(nibbles)(b->qs + 16 * g, q + 32 * g, 16);
         const int low = b->scales_l[g / 2] >> 4 * (g % 2) & 15, high = b->scales_h >> 2 * g & 3;
         scale[g] = d * (float)((low | high << 4) - 32);
     }
+}
+static inline void K(decode_iq4_xs)(const block_iq4_xs *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+    for (int g = 0; g < 8; g++) K(nibbles)(b->qs + 16 * g, q + 32 * g, 16);
     for (int i = 0; i < 256; i++) q[i] = K(iq4_table)[q[i]];
+    K(scales_iq4_xs)(b, scale, minimum);
 }
 static inline void K(decode_mxfp4)(const block_mxfp4 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
     (void)minimum;

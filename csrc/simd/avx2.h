@@ -59,26 +59,7 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return (vi){K(dot8)(w, x, dwords, most, start), K(dot8)(w + 32, x, dwords, most, start)};
 }
 
-/* 64 nibble pairs as low and high bytes; four bits of each lane from bit `at` on become 16 in its four bytes; a table of 16. */
-static INLINE void K(split)(const uint8_t *line, uint8_t *low, uint8_t *high) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    for (int i = 0; i < 64; i += 32) {
-        const __m256i x = _mm256_loadu_si256((const __m256i *)(line + i));
-        _mm256_storeu_si256((__m256i *)(low + i), _mm256_and_si256(x, nibble));
-        _mm256_storeu_si256((__m256i *)(high + i), _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
-    }
-}
-static INLINE void K(add_bits)(const uint32_t *bits, int at, uint8_t *line) {
-    const __m256i places = _mm256_set1_epi32(0x08040201), sixteen = _mm256_set1_epi8(16);
-    const __m256i first = _mm256_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8,
-                                           8, 12, 12, 12, 12);
-    for (int i = 0; i < 2; i++) {
-        const __m256i x = _mm256_srlv_epi32(_mm256_loadu_si256((const __m256i *)bits + i), _mm256_set1_epi32(at));
-        const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(x, first), places), places);
-        __m256i *y = (__m256i *)line + i;
-        _mm256_storeu_si256(y, _mm256_or_si256(_mm256_loadu_si256(y), _mm256_and_si256(set, sixteen)));
-    }
-}
+/* Each of 64 bytes below 16 becomes the table's. */
 static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
     const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     for (int i = 0; i < 64; i += 32) {
@@ -87,10 +68,8 @@ static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
     }
 }
 
-static INLINE void K(transpose8)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
-    __m256i r[8], t[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_si256((const __m256i *)(rows + i * stride));
+static INLINE void K(transpose_ymm)(__m256i r[8], uint8_t *lines) {
+    __m256i t[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -111,9 +90,28 @@ static INLINE void K(transpose8)(const uint8_t *rows, int64_t stride, uint8_t *l
 }
 /* Rows of 64 bytes, `stride` apart, become 16 lines of 16 dwords: line j holds dword j of every row. */
 static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
-    for (int half = 0; half < count / 8; half++) {
-        K(transpose8)(rows + 32 * half, stride, lines + 512 * half);
-        K(transpose8)(rows + 32 * half + 8 * stride, stride, lines + 512 * half + 32);
+    for (int half = 0; half < count / 8; half++)
+        for (int eight = 0; eight < 2; eight++) {
+            __m256i r[8];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
+                r[i] = _mm256_loadu_si256((const __m256i *)(rows + (8 * eight + i) * stride + 32 * half));
+            K(transpose_ymm)(r, lines + 512 * half + 32 * eight);
+        }
+}
+/* Rows of 16 bytes become 4 lines. Each half of a register holds row i or i + 4, so two rounds of unpacking do. */
+static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
+    for (int eight = 0; eight < 2; eight++, rows += 8 * stride, lines += 32) {
+        __m256i r[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            r[i] = _mm256_loadu2_m128i((const __m128i *)(rows + (i + 4) * stride), (const __m128i *)(rows + i * stride));
+        const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
+        const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+        _mm256_storeu_si256((__m256i *)lines, _mm256_unpacklo_epi64(a, c));
+        _mm256_storeu_si256((__m256i *)(lines + 64), _mm256_unpackhi_epi64(a, c));
+        _mm256_storeu_si256((__m256i *)(lines + 128), _mm256_unpacklo_epi64(b, d));
+        _mm256_storeu_si256((__m256i *)(lines + 192), _mm256_unpackhi_epi64(b, d));
     }
 }
 static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }

@@ -32,19 +32,7 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return sum;
 }
 
-/* 64 nibble pairs as low and high bytes; four bits of each lane from bit `at` on become 16 in its four bytes; a table of 16. */
-static INLINE void K(split)(const uint8_t *line, uint8_t *low, uint8_t *high) {
-    const vi x = _mm512_load_si512(line), nibble = _mm512_set1_epi8(15);
-    _mm512_store_si512(low, _mm512_and_si512(x, nibble));
-    _mm512_store_si512(high, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble));
-}
-static INLINE void K(add_bits)(const uint32_t *bits, int at, uint8_t *line) {
-    const vi four = _mm512_and_si512(_mm512_srlv_epi32(_mm512_load_si512(bits), _mm512_set1_epi32(at)), _mm512_set1_epi32(15));
-    const vi spread = _mm512_or_si512(_mm512_or_si512(four, _mm512_slli_epi32(four, 7)),
-                                      _mm512_or_si512(_mm512_slli_epi32(four, 14), _mm512_slli_epi32(four, 21)));
-    const vi sixteens = _mm512_slli_epi32(_mm512_and_si512(spread, _mm512_set1_epi32(0x01010101)), 4);
-    _mm512_store_si512(line, _mm512_or_si512(_mm512_load_si512(line), sixteens));
-}
+/* Each of 64 bytes below 16 becomes the table's. */
 static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
     const vi all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
     _mm512_store_si512(line, _mm512_shuffle_epi8(all, _mm512_load_si512(line)));
@@ -80,17 +68,34 @@ static INLINE void K(transpose_zmm)(vi r[16]) {
         r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
     }
 }
+static INLINE void K(store_lines)(vi r[16], uint8_t *lines, int count) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) _mm512_store_si512(lines + 64 * i, r[i]);
+}
 static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
     vi r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows + i * stride);
     K(transpose_zmm)(r);
-    if (count == 16) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) _mm512_store_si512(lines + 64 * i, r[i]);
-    } else {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) _mm512_store_si512(lines + 64 * i, r[i]);
+    if (count == 16) K(store_lines)(r, lines, 16);
+    else K(store_lines)(r, lines, 8);
+}
+/* Rows of 16 bytes become 4 lines. Lane quarter q of a register holds row i + 4 q, so two rounds of unpacking do. */
+static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
+    vi r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const uint8_t *x = rows + i * stride;
+        r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)x));
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x + 4 * stride)), 1);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x + 8 * stride)), 2);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x + 12 * stride)), 3);
     }
+    const vi a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+    const vi c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+    _mm512_store_si512(lines, _mm512_unpacklo_epi64(a, c));
+    _mm512_store_si512(lines + 64, _mm512_unpackhi_epi64(a, c));
+    _mm512_store_si512(lines + 128, _mm512_unpacklo_epi64(b, d));
+    _mm512_store_si512(lines + 192, _mm512_unpackhi_epi64(b, d));
 }
 static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }

@@ -58,16 +58,7 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
         EACH for (int k = 0; k < 4; k++) sum.v[i] += (int32_t)w[64 * j + 4 * i + k] * (int32_t)x[4 * j + k];
     return sum;
 }
-/* 64 nibble pairs as low and high bytes; four bits of each lane from bit `at` on become 16 in its four bytes; a table of 16. */
-static INLINE void K(split)(const uint8_t *line, uint8_t *low, uint8_t *high) {
-    for (int i = 0; i < 64; i++) {
-        low[i] = line[i] & 15;
-        high[i] = line[i] >> 4;
-    }
-}
-static INLINE void K(add_bits)(const uint32_t *bits, int at, uint8_t *line) {
-    EACH for (int j = 0; j < 4; j++) line[4 * i + j] |= (uint8_t)((bits[i] >> (at + j) & 1) << 4);
-}
+/* Each of 64 bytes below 16 becomes the table's. */
 static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
     for (int i = 0; i < 64; i++) line[i] = table[line[i]];
 }
@@ -75,6 +66,10 @@ static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
 static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
     for (int j = 0; j < count; j++)
         EACH __builtin_memcpy(lines + 64 * j + 4 * i, rows + i * stride + 4 * j, 4);
+}
+/* Rows of 16 bytes become 4 lines. */
+static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
+    K(transpose)(rows, stride, lines, 4);
 }
 static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 2); }
 #undef EACH
