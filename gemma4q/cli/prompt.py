@@ -1,9 +1,12 @@
-"""Where a text comes from: the words of the command line, a file, what is piped in, or all of them in that order."""
+"""Where a text comes from: the words of the command line, a file, what is piped in, or all of them in that order.
+
+And where the template comes from that a conversation is written with.
+"""
 
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -29,6 +32,20 @@ def read_text(words: Sequence[str], file: str | None, trim: bool = False) -> str
         parts.append(sys.stdin.read(LONGEST_BYTES))
     parts = [part.removesuffix("\n") if trim else part for part in parts if part]
     return "\n".join(parts) if parts else None
+
+
+def chat_template(choice: str | None, metadata: Mapping):
+    """The template that --chat-template asks for, ready to render in the sandbox; None: the one built in."""
+    if choice is None:
+        return None
+    from ..text.template import ChatTemplate
+
+    if choice != "gguf":
+        return ChatTemplate(_read(choice))
+    source = metadata.get("tokenizer.chat_template")
+    if not isinstance(source, str):
+        raise Gemma4qError("missing_key", "the file carries no tokenizer.chat_template")
+    return ChatTemplate(source)
 
 
 def unescape(text: str) -> str:

@@ -21,42 +21,73 @@ SHOWN = 3  # first values of an array
 def show(model: str, tensors: bool, template: bool, as_json: bool) -> None:
     """Print what a model file holds: metadata, tensor types, and on request every tensor or the chat template."""
     from ..gguf.reader import open_gguf
-    from ..gguf.types import type_name
 
     file = open_gguf(model)
     if template:
-        text = file.metadata.get("tokenizer.chat_template")
-        if not isinstance(text, str):
-            raise Gemma4qError("missing_key", f"{model} carries no tokenizer.chat_template")
-        click.echo("\n".join(printable(line, len(line) * 10 + 1) for line in text.split("\n")))
-        return
-    rows = [
-        {"name": t.name, "type": type_name(t.type), "shape": list(t.shape), "bytes": t.nbytes}
-        for t in file.tensors.values()
-    ]
-    types = Counter[str]()
-    for row in rows:
-        types[row["type"]] += row["bytes"]
-    total = sum(types.values())
-    if as_json:
-        metadata = {key: _plain(value) for key, value in file.metadata.items()}
-        files = [str(source.path) for source in file.files]
-        click.echo(json.dumps({"files": files, "metadata": metadata, "types": types, "bytes": total, "tensors": rows}))
-        return
+        click.echo(_template(file))
+    elif as_json:
+        click.echo(json.dumps(_everything(file)))
+    else:
+        click.echo(_summary(file))
+        if tensors:
+            rows = [(t["name"], t["type"], " x ".join(map(str, t["shape"])), t["bytes"]) for t in _tensors(file)]
+            click.echo("\n" + columns([(*row, human_bytes(size)) for *row, size in rows], right=(3,)))
+
+
+def _template(file) -> str:
+    text = file.metadata.get("tokenizer.chat_template")
+    if not isinstance(text, str):
+        raise Gemma4qError("missing_key", f"{file.path} carries no tokenizer.chat_template")
+    return "\n".join(printable(line, len(line) * 10 + 1) for line in text.split("\n"))
+
+
+def _which_template(file) -> str | None:
+    """Which of the published templates a file carries, `custom`, or None."""
+    from ..text.template import known_as
+
+    text = file.metadata.get("tokenizer.chat_template")
+    return known_as(text) or "custom" if isinstance(text, str) else None
+
+
+def _tensors(file) -> list[dict]:
+    from ..gguf.types import type_name
+
+    every = file.tensors.values()
+    return [{"name": t.name, "type": type_name(t.type), "shape": list(t.shape), "bytes": t.nbytes} for t in every]
+
+
+def _everything(file) -> dict:
+    tensors = _tensors(file)
+    return {
+        "files": [str(part.path) for part in file.files],
+        "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+        "template": _which_template(file),
+        "types": _bytes_by_type(tensors),
+        "bytes": sum(tensor["bytes"] for tensor in tensors),
+        "tensors": tensors,
+    }
+
+
+def _summary(file) -> str:
+    tensors = _tensors(file)
+    sizes, counts = _bytes_by_type(tensors), Counter(tensor["type"] for tensor in tensors)
     parts = f", {len(file.files)} files" if len(file.files) > 1 else ""
-    click.echo(f"{printable(str(file.path))}: {len(rows)} tensors, {human_bytes(total)}{parts}\n")
-    click.echo(columns([(printable(key), _short(value)) for key, value in file.metadata.items()]) + "\n")
-    counts = Counter(row["type"] for row in rows)
-    click.echo(
-        columns(
-            [(name, f"{counts[name]} tensors", human_bytes(size)) for name, size in types.most_common()], right=(1, 2)
-        )
+    types = [(name, f"{counts[name]} tensors", human_bytes(size)) for name, size in sizes.items()]
+    sections = (
+        f"{printable(str(file.path))}: {len(tensors)} tensors, {human_bytes(sum(sizes.values()))}{parts}",
+        columns([(printable(key), _short(value)) for key, value in file.metadata.items()]),
+        f"chat template: {_which_template(file) or 'none'}",
+        columns(types, right=(1, 2)),
     )
-    if tensors:
-        table = [
-            (row["name"], row["type"], " x ".join(map(str, row["shape"])), human_bytes(row["bytes"])) for row in rows
-        ]
-        click.echo("\n" + columns(table, right=(3,)))
+    return "\n\n".join(filter(None, sections))
+
+
+def _bytes_by_type(tensors: list[dict]) -> dict[str, int]:
+    """The type that takes most first."""
+    sizes = Counter[str]()
+    for tensor in tensors:
+        sizes[tensor["type"]] += tensor["bytes"]
+    return dict(sizes.most_common())
 
 
 def _plain(value: object) -> object:
@@ -65,7 +96,7 @@ def _plain(value: object) -> object:
         return str(value)  # JSON has no word for it
     if isinstance(value, bool | int | float | str):
         return value
-    return {"count": len(value), "first": [_item(value[i]) for i in range(min(SHOWN, len(value)))]}
+    return {"count": len(value), "first": [_plain(_item(value[i])) for i in range(min(SHOWN, len(value)))]}
 
 
 def _item(value: object) -> object:
@@ -74,9 +105,7 @@ def _item(value: object) -> object:
 
 def _short(value: object) -> str:
     """A metadata value in one escaped line of at most 80 characters."""
-    if isinstance(value, str):
-        return printable(value, 80)
-    if isinstance(value, bool | int | float):
-        return str(value)
+    if isinstance(value, bool | int | float | str):
+        return printable(str(value), 80)
     first = ", ".join(str(_item(value[i])) for i in range(min(SHOWN, len(value))))
     return printable(f"{len(value):,} values: {first}{', …' if len(value) > SHOWN else ''}", 80)

@@ -74,8 +74,9 @@ def template(
     tokenizer, metadata = _tokenizer(model)
     given = _parsed(text) if messages else [{"role": "user", "content": text}]
     turns = normalised(([{"role": "system", "content": system}] if system else []) + given)
+    thinking, custom = how["reasoning"] == "on", prompt.chat_template(how["chat_template"], metadata)
     flavour = how["template_size"] or flavour_of(metadata, file_name=model)
-    segments = render(turns, flavour=flavour, thinking=how["reasoning"] == "on")
+    segments = custom.render(turns, thinking=thinking) if custom else render(turns, flavour=flavour, thinking=thinking)
     click.echo(" ".join(map(str, encode(segments, tokenizer))) if ids else text_of(segments))
 
 
