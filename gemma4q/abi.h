@@ -106,7 +106,7 @@ typedef struct {
     int32_t  type, layout;
     int32_t  rows, cols;        /* of one matrix, [rows, cols], a row is contiguous */
     int32_t  count;             /* matrices one behind the other (experts); 1 otherwise */
-    float    output_scale;
+    int32_t  reserved;
 } weight;
 
 typedef struct {

@@ -156,9 +156,9 @@ class NativeSession:
             if cache == ffi.NULL:
                 raise Gemma4qError("out_of_memory", f"no memory for rows of {t.name}")
             self.caches.append(ffi.gc(cache, lib.row_cache_free))
-            return (int(ffi.cast("uintptr_t", cache)), 0, kind, Layout.ROWS, rows, cols, 1, 1.0)
+            return (int(ffi.cast("uintptr_t", cache)), 0, kind, Layout.ROWS, rows, cols, 1, 0)
         first = w.first * row_bytes(kind, cols)
-        return (data.ctypes.data + first, data.nbytes - first, kind, Layout.NATIVE, w.rows or rows, cols, count, 1.0)
+        return (data.ctypes.data + first, data.nbytes - first, kind, Layout.NATIVE, w.rows or rows, cols, count, 0)
 
     def _guard_mappings(self) -> None:
         """A file that shrinks while it is mapped must not kill the process."""

@@ -83,12 +83,11 @@ _KEYS_AND_VALUES = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
 class Weights:
     """The tensors a model computes with, by GGUF's names.
 
-    `output_scales` multiply what a matrix gives (`X.scale` beside `X.weight`). `dead` are keys and values of layers
+    An `X.scale` beside an `X.weight` multiplies what that matrix gives. `dead` are keys and values of layers
     that borrow theirs, `ignored` all other tensors in the file.
     """
 
     tensors: dict[str, Tensor]
-    output_scales: dict[str, float]
     dead: tuple[str, ...]
     ignored: tuple[str, ...]
 
@@ -122,7 +121,7 @@ def examine(gguf: GGUF, config: Config) -> tuple[Weights, list[Gemma4qError]]:
     faults: list[Gemma4qError] = []
     if not given:
         vocabulary = Gemma4qError("missing_tensor", "the file holds no tensors: it is a vocabulary, not a model")
-        return Weights({}, {}, (), ()), [vocabulary]
+        return Weights({}, (), ()), [vocabulary]
     for name, shape, optional in _wanted(gguf, config):
         if name in given:
             faults.extend(_faults(name, given[name], shape))
@@ -130,19 +129,19 @@ def examine(gguf: GGUF, config: Config) -> tuple[Weights, list[Gemma4qError]]:
         elif not optional:
             faults.append(Gemma4qError("missing_tensor", f"{name} is not in the file"))
     unused = [name for name in given if name not in tensors]
-    scales: dict[str, float] = {}
     for name in [name for name in unused if name.endswith(".scale")]:
-        if (matrix := name.removesuffix("scale") + "weight") not in tensors:
+        matrix = tensors.get(name.removesuffix("scale") + "weight")
+        if matrix is None:
             continue
-        if given[name].shape == (1,) and given[name].type in VECTOR_TYPES:
-            scales[matrix] = float(dequantize(given[name].data, given[name].type)[0])
+        if given[name].shape == (1,) and given[name].type in VECTOR_TYPES and len(matrix.shape) == 2:
+            tensors[name] = given[name]
             unused.remove(name)
         else:
             found = f"{list(given[name].shape)} {type_name(given[name].type)}"
             faults.append(Gemma4qError("bad_tensor_type", f"{name} is {found}: one F32 is the only scale that is read"))
     dead = {layer.weight(*name.split(".")) for layer in config.layers if not layer.owns_kv for name in _KEYS_AND_VALUES}
     ignored = tuple(name for name in unused if name not in dead)
-    return Weights(tensors, scales, tuple(name for name in unused if name in dead), ignored), faults
+    return Weights(tensors, tuple(name for name in unused if name in dead), ignored), faults
 
 
 def _renamed(gguf: GGUF) -> dict[str, Tensor]:

@@ -55,7 +55,10 @@ class Builder:
         return self._op(OpCode.WANTED, x.width, [x], space=Space.WANTED)
 
     def matmul(self, x: Buffer, weight: str | Weight) -> Buffer:
-        return self._op(OpCode.MATMUL, self._rows(weight), [x], [weight])
+        """x . weight', times the one value of `X.scale` where the file has that beside `X.weight`."""
+        y = self._op(OpCode.MATMUL, self._rows(weight), [x], [weight])
+        scale = str(getattr(weight, "tensor", weight)).removesuffix("weight") + "scale"
+        return self.scale(y, scale) if self.shapes.get(scale) == (1,) else y
 
     def rms_norm(self, x: Buffer, weight: str | None, size: int = 0, scale: float = 1.0, eps: float = 0.0) -> Buffer:
         """Normalises every run of `size` values (the whole row when 0), times weight times scale."""
