@@ -21,7 +21,7 @@ from gemma4q.cli.prompt import unescape
 from gemma4q.cli.terminal import columns, harmless, human_bytes
 
 ERROR_LINE = re.compile(r"error: [a-z_0-9]+: .+\n")
-GEMMA4Q = [sys.executable, "-m", "gemma4q"]
+GEMMA4Q = [sys.executable, "-P", "-m", "gemma4q"]  # -P: the installed package, not the folder we stand in
 
 
 @pytest.fixture(scope="module")
