@@ -6,11 +6,13 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -203,6 +205,23 @@ class TestTokens:
         for wrong in ("{", "{}", '[{"role": "nobody", "content": ""}]', "[" * 100_000):
             refused = invoke("template", model, "--messages", stdin=wrong)
             assert refused.exit_code == 1 and refused.stderr.startswith("error: bad_message: ")
+
+
+class TestReadme:
+    """What it shows works as shown."""
+
+    TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+
+    @pytest.mark.parametrize("line", re.findall(r"^(?:.*\| )?gemma4q (.*?)(?: +#.*)?$", TEXT, re.MULTILINE))
+    def test_command_lines_are_right(self, line):
+        name, *arguments = shlex.split(line)
+        command = cli.get_command(None, name)
+        assert command.make_context(name, arguments, obj={}).params["model"].endswith((".gguf", "MODEL"))
+
+    def test_the_python_example_runs(self, model, capsys):
+        (program,) = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
+        exec(program.replace("gemma-4-E2B-it-Q4_0.gguf", model), {})
+        assert "Stats(prompt_tokens=" in capsys.readouterr().out
 
 
 class TestText:
