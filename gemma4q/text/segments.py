@@ -19,7 +19,6 @@ CONTROLS = (
     BOS, THINK, QUOTE, TURN, TURN_END, CHANNEL, CHANNEL_END, TOOL, TOOL_END,
     CALL, CALL_END, RESPONSE, RESPONSE_END, IMAGE, AUDIO, VIDEO,
 )  # fmt: skip
-SPELLING = re.compile("(" + "|".join(map(re.escape, sorted(CONTROLS, key=len, reverse=True))) + ")")
 
 
 class Segment(NamedTuple):
@@ -53,6 +52,14 @@ class Writer:
         self.literal(QUOTE)
         self.text(text)
         self.literal(QUOTE)
+
+
+def spelling(controls: Iterable[str]) -> re.Pattern[str]:
+    """Splits text at every spelling of a control token: odd parts are the tokens."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) + ")")
+
+
+SPELLING = spelling(CONTROLS)
 
 
 def split_controls(text: str) -> list[Segment]:
