@@ -63,8 +63,18 @@ class Backend(Protocol):
     name: str
 
     def available(self) -> str | None: ...  # None, or why it is not
-    def memory(self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int) -> dict[str, int]: ...  # noqa: E501
-    def load(self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int, isa: str | None) -> Session: ...  # noqa: E501
+    def memory(
+        self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int
+    ) -> dict[str, int]: ...  # noqa: E501
+    def load(
+        self,
+        plan: Plan,
+        tensors: Mapping[str, TensorData],
+        limits: Limits,
+        kv: TensorType,
+        threads: int,
+        isa: str | None,
+    ) -> Session: ...  # noqa: E501
 
 
 def get(name: str) -> Backend:

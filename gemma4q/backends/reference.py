@@ -17,7 +17,6 @@ from ..plan.plan import Buffer, Op, Plan, Weight
 from . import StepResult
 
 
-
 def gelu(x: np.ndarray) -> np.ndarray:
     return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x**3)))
 
@@ -238,7 +237,9 @@ class ReferenceSession:
 
     def experts_up(self, op: Op, x, route, _group, gate, up=None):
         both = gate if up is None else np.concatenate([gate, up], axis=1)
-        return np.stack([np.concatenate([both[e] @ row for e in r[: op.args["used"]]]) for row, r in zip(x, route, strict=True)])  # noqa: E501
+        return np.stack(
+            [np.concatenate([both[e] @ row for e in r[: op.args["used"]]]) for row, r in zip(x, route, strict=True)]
+        )  # noqa: E501
 
     def experts_gelu(self, op: Op, x):
         gate, up = np.moveaxis(x.reshape(len(x), op.args["used"], 2, -1), 2, 0)
@@ -249,7 +250,10 @@ class ReferenceSession:
         hidden = x.reshape(len(x), used, -1)
         weights = np.ascontiguousarray(route[:, used:]).view(np.float32)
         return np.stack(
-            [sum(w[i] * (down[e] @ h[i]) for i, e in enumerate(r[:used])) for h, r, w in zip(hidden, route, weights, strict=True)]  # noqa: E501
+            [
+                sum(w[i] * (down[e] @ h[i]) for i, e in enumerate(r[:used]))
+                for h, r, w in zip(hidden, route, weights, strict=True)
+            ]  # noqa: E501
         )
 
     def softcap(self, op: Op, x):

@@ -90,7 +90,8 @@ def waits(plan: Plan, spans: Mapping[Buffer, tuple[int, int]]) -> list[bool]:
             writes.append((f"kv {op.args['kv_layer']}", ""))
         if op.code == OpCode.ATTEND:
             reads.append((f"kv {op.args['kv_layer']}", ""))
-        wait = any(clash(a, b) for a in reads for b in written) or any(clash(a, b) for a in writes for b in read + written)
+        wait = any(clash(a, b) for a in reads for b in written)
+        wait |= any(clash(a, b) for a in writes for b in read + written)
         if wait:
             read, written = [], []
         flags.append(wait)
