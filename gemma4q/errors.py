@@ -12,7 +12,7 @@ def printable(text: str, longest: int = LONGEST) -> str:
 class Gemma4qError(Exception):
     """Bad input, or a machine that cannot do what was asked; never a defect of the program.
 
-    `kind` is a stable word for programs and tests (`truncated`, `bad_hparam`, `too_big`, ...), the message is for people.
+    `kind` is a stable word for programs and tests (`truncated`, `bad_hparam`, `too_big`, ...), the message for people.
     Prints as `kind: message`.
     """
 
