@@ -309,6 +309,17 @@ class TestRun:
         raw = invoke("run", str(tmp_path / "plain.gguf"), "hi", "-n", "2", "--raw", *SURE, stdin="")
         assert done.stdout == raw.stdout and "--raw" in done.stderr and "template" not in raw.stderr
 
+    def test_another_template_writes_the_prompt(self, model, tmp_path):
+        (tmp_path / "jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+        done = invoke(
+            "run", model, "hi <bos>", "-n", "1", "--json", "--chat-template", str(tmp_path / "jinja"), stdin=""
+        )
+        tokens = invoke("tokenize", model, "--bos", "--ids", "hi <bos>", stdin="").stdout.split()
+        assert json.loads(done.stdout)["stats"]["prompt_tokens"] == len(tokens)
+        (tmp_path / "jinja").write_text("{% for x in range(1000000000) %}{% endfor %}")
+        refused = invoke("run", model, "hi", "--chat-template", str(tmp_path / "jinja"), stdin="")
+        assert refused.exit_code == 1 and refused.stderr.startswith("error: bad_template: ")
+
     def test_an_answer_that_was_cut_is_said_to_be(self, model):
         done = invoke("run", model, "hi", "-n", "3", "--ignore-eos", *SURE, stdin="")
         assert "cut at 3 tokens" in done.stderr

@@ -35,7 +35,7 @@ def run(model: str, words: tuple[str, ...], file: str | None, raw: bool, escape:
         raise click.UsageError("there is no prompt: give one here, with -f, or on stdin")
     how = options.given(values)
     with _load(model, values, quiet) as loaded:
-        if not raw and not _can_chat(loaded):
+        if not raw and not _can_chat(loaded, values["chat_template"]):
             if text is None:
                 raise Gemma4qError("missing_key", f"{model} cannot chat: {NO_TEMPLATE}; --raw completes a text")
             raw = True
@@ -55,19 +55,22 @@ def run(model: str, words: tuple[str, ...], file: str | None, raw: bool, escape:
 
 
 def _load(model: str, values: dict, quiet: bool):
-    from ..engine.model import load
-
+    machine = {name: values[name] for name in ("backend", "isa", "threads", "context", "kv")}
     with Waiting("loading", quiet):
-        machine = {name: values[name] for name in ("backend", "isa", "threads", "context", "kv")}
+        if values["chat_template"]:
+            from .templated import TemplatedModel
+
+            return TemplatedModel(values["chat_template"], model, **machine)
+        from ..engine.model import load
+
         loaded = load(model, **machine)
-    if values["template_size"]:
-        loaded.flavour = values["template_size"]
+    loaded.flavour = values["template_size"] or loaded.flavour
     return loaded
 
 
-def _can_chat(loaded) -> bool:
+def _can_chat(loaded, template: str | None) -> bool:
     has_turns = {"<|turn>", "<turn|>"} <= loaded.tokenizer.special_ids.keys()
-    return has_turns and "tokenizer.chat_template" in loaded.gguf.metadata
+    return bool(template) or (has_turns and "tokenizer.chat_template" in loaded.gguf.metadata)
 
 
 def _ask(loaded, text: str, how: dict, values: dict):
