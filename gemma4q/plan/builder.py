@@ -85,10 +85,10 @@ class Builder:
             "pairs": from_values,
             "from_values": int(from_values > 0),
         }
-        self._op(OpCode.STORE_KV, 0, [k, v], kv_layer=layer, **args)
+        self._op(OpCode.STORE_KV, 0, [k, v], **args)
 
     def attend(self, q: Buffer, layer: int, window: int, k_norm: str | None = None) -> Buffer:
-        """Attention over layer `layer`'s keys and values; a window of 0 sees everything; `k_norm` when keys are values."""
+        """Attention over layer `layer`'s keys and values; window 0 sees everything; `k_norm` where keys are values."""
         kv = next(kv for kv in self.kv if kv.layer == layer)
         args = {
             "heads": q.width // kv.head_dim, "kv_heads": kv.kv_heads, "head_dim": kv.head_dim, "window": window,

@@ -11,7 +11,7 @@ MATRICES = (OpCode.MATMUL, OpCode.EXPERTS_UP, OpCode.EXPERTS_DOWN)
 
 
 def quantize_inputs(plan: Plan, types: Mapping[str, TensorType]) -> Plan:
-    """Rows that meet a quantised matrix become int8 with one scale per 32 values, once for all the matrices they meet."""
+    """Rows that meet a quantised matrix become int8 with a scale per 32 values, once for all the matrices they meet."""
     quantized: dict[Buffer, Buffer] = {}
     ops: list[Op] = []
     for op in plan.ops:

@@ -16,7 +16,7 @@ IN_PLACE = (OpCode.RMS_NORM, OpCode.ADD, OpCode.SCALE, OpCode.GELU_MUL, OpCode.R
 
 @dataclass(frozen=True)
 class Packed:
-    """Records for one set of limits: `ops`, `buffers` are arrays of abi.h's structs, `weights` and `names` by number."""
+    """Records for one set of limits: `ops` and `buffers` are abi.h's structs, `weights` and `names` go by number."""
 
     plan: Plan
     limits: Limits
