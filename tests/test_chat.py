@@ -291,7 +291,7 @@ def test_forms_of_other_clients_are_understood():
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
         {"role": "function", "name": "f", "content": {"t": 15}},
     ]
-    text = rendered(messages, tools=[{"name": "f", "strict": True}])
+    text = rendered(messages, tools=[{"name": "f", "strict": True, "description": None, "parameters": None}])
     assert text.startswith('<bos><|turn>system\n<|tool>declaration:f{description:<|"|><|"|>}<tool|><turn|>\n')
     assert text.endswith(
         "<|turn>user\n<|image|>look<turn|>\n<|turn>model\n<|tool_call>call:f{a:1}<tool_call|>"

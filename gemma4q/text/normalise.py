@@ -214,7 +214,7 @@ def one_tool(tool: Any, where: str) -> dict[str, Any]:
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         raise Gemma4qError("bad_tools", f"{where}: {name!r} is no name for a function (letters, digits, _, - and .)")
     where = f"{where} ({name})"
-    clean = {key: value for key, value in function.items() if key != "strict"}
+    clean = {key: value for key, value in function.items() if key != "strict" and value is not None}
     try:
         check_json(clean, where)
         for key in ("parameters", "response"):

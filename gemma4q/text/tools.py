@@ -83,8 +83,8 @@ def write_names(out: Writer, names: Iterable[Any]) -> None:
 
 
 def upper(schema_type: Any) -> str:
-    """A schema's type as the format prints it: upper case, a union as Python prints a list, none as nothing."""
-    return "" if schema_type is None else str(schema_type).upper()
+    """A schema's type as the format prints it: upper case, and a union as Python prints a list."""
+    return str(schema_type).upper()
 
 
 def write_properties(out: Writer, properties: Mapping[str, Any], depth: int, *, skip: frozenset[str]) -> None:
@@ -102,7 +102,7 @@ def write_property(out: Writer, schema: Mapping[str, Any], depth: int) -> None:
     """One property's schema. What the format has no word for (`anyOf`, `minimum`, `default`, ...) is left out."""
     fields = Fields(out)
     out.literal("{")
-    kind = upper(schema.get("type"))
+    kind = upper(schema.get("type", ""))
     if schema.get("description"):
         fields.name("description")
         out.quoted(str(schema["description"]))
@@ -155,7 +155,7 @@ def write_declaration(out: Writer, tool: Mapping[str, Any]) -> None:
     out.literal(f"{TOOL}declaration:")
     out.text(str(function["name"]))
     out.literal("{description:")
-    out.quoted(str(function.get("description") or ""))
+    out.quoted(str(function.get("description", "")))
     parameters = function.get("parameters")
     if parameters:
         out.literal(",parameters:{")
