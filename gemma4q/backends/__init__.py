@@ -65,7 +65,7 @@ class Backend(Protocol):
     def available(self) -> str | None: ...  # None, or why it is not
     def memory(
         self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int
-    ) -> dict[str, int]: ...  # noqa: E501
+    ) -> dict[str, int]: ...
     def load(
         self,
         plan: Plan,
@@ -74,7 +74,7 @@ class Backend(Protocol):
         kv: TensorType,
         threads: int,
         isa: str | None,
-    ) -> Session: ...  # noqa: E501
+    ) -> Session: ...
 
 
 def get(name: str) -> Backend:

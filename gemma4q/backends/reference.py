@@ -239,7 +239,7 @@ class ReferenceSession:
         both = gate if up is None else np.concatenate([gate, up], axis=1)
         return np.stack(
             [np.concatenate([both[e] @ row for e in r[: op.args["used"]]]) for row, r in zip(x, route, strict=True)]
-        )  # noqa: E501
+        )
 
     def experts_gelu(self, op: Op, x):
         gate, up = np.moveaxis(x.reshape(len(x), op.args["used"], 2, -1), 2, 0)
@@ -253,7 +253,7 @@ class ReferenceSession:
             [
                 sum(w[i] * (down[e] @ h[i]) for i, e in enumerate(r[:used]))
                 for h, r, w in zip(hidden, route, weights, strict=True)
-            ]  # noqa: E501
+            ]
         )
 
     def softcap(self, op: Op, x):

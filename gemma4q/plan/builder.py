@@ -79,13 +79,8 @@ class Builder:
         """`from_values`: of k keep only this many rotated pairs, since the rest is v times attn_k_norm (0: keep k)."""
         kv = KV(layer, k.width // head_dim, 2 * from_values or head_dim, head_dim, local)
         self.kv.append(kv)
-        args = {
-            "kv_heads": kv.kv_heads,
-            "head_dim": head_dim,
-            "pairs": from_values,
-            "from_values": int(from_values > 0),
-        }
-        self._op(OpCode.STORE_KV, 0, [k, v], **args)
+        args = {"kv_layer": layer, "kv_heads": kv.kv_heads, "head_dim": head_dim, "pairs": from_values}
+        self._op(OpCode.STORE_KV, 0, [k, v], from_values=int(from_values > 0), **args)
 
     def attend(self, q: Buffer, layer: int, window: int, k_norm: str | None = None) -> Buffer:
         """Attention over layer `layer`'s keys and values; window 0 sees everything; `k_norm` where keys are values."""
