@@ -309,6 +309,10 @@ class TestRun:
         raw = invoke("run", str(tmp_path / "plain.gguf"), "hi", "-n", "2", "--raw", *SURE, stdin="")
         assert done.stdout == raw.stdout and "--raw" in done.stderr and "template" not in raw.stderr
 
+    def test_a_prompt_may_take_several_steps(self, model):
+        done = invoke("run", model, "--raw", "-n", "2", "--ignore-eos", "--json", "-c", "8192", stdin="hi" * 3000)
+        assert json.loads(done.stdout)["stats"]["prompt_tokens"] == 3001
+
     def test_another_template_writes_the_prompt(self, model, tmp_path):
         (tmp_path / "jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
         done = invoke(
