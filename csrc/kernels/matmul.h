@@ -106,7 +106,7 @@ static const K(matmul_kernel) K(matmul_kernels)[TYPE_COUNT] = {
 static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, const void *const *x, float *const *y,
                               int64_t tokens, uint8_t *scratch) {
     const K(matmul_kernel) kernel = K(matmul_kernels)[w->type];
-    const int64_t stride = row_bytes(w->type, w->cols), most = K(stretch_cols)(w->type);
+    const int64_t stride = row_bytes(w->type, w->cols), most = K(stretch_cols)(w->type, tokens);
     const uint8_t *base = (const uint8_t *)(uintptr_t)w->data + first * stride;
     const int together = tokens > LANES ? STRETCH_ROWS / LANES : 1;
     float *groups = (float *)(scratch + PANELS * PANEL_BYTES);

@@ -10,7 +10,7 @@ enum {
     PANEL_BYTES = STRETCH_COLS * LANES,         /* q, or floats of a quarter of the columns */
     GROUP_FLOATS = STRETCH_COLS / 16 * LANES,
     STEP = 256,
-    SPARE = 384,        /* room for a step of one row, and for reading 64 bytes from its end */
+    SPARE = 320,        /* room for a step of one row */
 };
 
 typedef struct {
@@ -19,8 +19,10 @@ typedef struct {
     float   *minimum;   /* [groups][LANES] */
 } panel;
 
-/* Columns of one panel: floats take four times the room of q. */
-static inline int64_t K(stretch_cols)(int32_t type) {
+/* Columns of one panel: floats take four times the room of q. For few tokens a panel is used at once and no more than
+ * a step of it is unpacked, which leaves the first cache to what is prefetched. */
+static inline int64_t K(stretch_cols)(int32_t type, int64_t tokens) {
+    if (tokens <= LANES) return STEP;
     return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 ? STRETCH_COLS / 4 : STRETCH_COLS;
 }
 
@@ -60,10 +62,9 @@ static INLINE void K(put_line)(panel p, int64_t k, K(dwords) x) { *(K(dwords) *)
 
 enum { NIBBLES = 0x0f0f0f0f, PAIRS = 0x03030303, ONES = 0x01010101 };
 
-/* The rows there are; or a copy with room behind each, in which row 0 fills up the sixteen. */
-static INLINE const uint8_t *K(sixteen)(const uint8_t *w, int64_t *stride, int rows, int roomy, int64_t bytes,
-                                        uint8_t *spare) {
-    if (rows == LANES && roomy) return w;
+/* The rows there are, or for the last rows of a matrix a copy in which row 0 fills up the sixteen. */
+static INLINE const uint8_t *K(sixteen)(const uint8_t *w, int64_t *stride, int rows, int64_t bytes, uint8_t *spare) {
+    if (rows == LANES) return w;
     for (int r = 0; r < LANES; r++) __builtin_memcpy(spare + r * SPARE, w + (r < rows ? r : 0) * *stride, (size_t)bytes);
     *stride = SPARE;
     return spare;
@@ -83,9 +84,7 @@ static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, i
         const int blocks = cols - k < STEP ? (int)(cols - k) / 32 : STEP / 32;
         const int64_t at = k / 32 * f.bytes;
         int64_t stride = row_stride;
-        /* Q8_0's 32 bytes are read as 64: at the end of a row from a copy with room behind. */
-        const int roomy = f.bytes != sizeof(block_q8_0) || k + STEP < cols;
-        const uint8_t *base = K(sixteen)(w + at, &stride, rows, roomy, blocks * f.bytes, spare);
+        const uint8_t *base = K(sixteen)(w + at, &stride, rows, blocks * f.bytes, spare);
         for (int r = 0; r < LANES; r++) {
             const uint8_t *b = base + r * stride;
 #pragma GCC unroll 8
@@ -108,9 +107,9 @@ static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, i
             if (f.m >= 0) K(store)(p.minimum + (k / 32 + i) * LANES, K(load_f16)((const f16 *)m[i]));
         }
         if (f.bytes == sizeof(block_q8_0)) {
-            for (int i = 0; i < blocks; i++) {
-                K(transpose)(base + i * f.bytes + f.qs, stride, lines[0], 8);
-                for (int j = 0; j < 8; j++) K(put_line)(p, k + 32 * i + 4 * j, *(K(dwords) *)lines[j] ^ 0x80808080);
+            for (int i = 0; i < 2 * blocks; i++) {
+                K(transpose_quad)(base + i / 2 * f.bytes + f.qs + i % 2 * 16, stride, lines[0]);
+                for (int j = 0; j < 4; j++) K(put_line)(p, k + 16 * i + 4 * j, *(K(dwords) *)lines[j] ^ 0x80808080);
             }
             continue;
         }
@@ -272,7 +271,7 @@ static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, pane
         for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
             const int64_t at = k / STEP * BYTES;                                                                       \
             int64_t stride = row_stride;                                                                               \
-            const uint8_t *b = K(sixteen)(w + at, &stride, rows, 1, BYTES, spare);                                     \
+            const uint8_t *b = K(sixteen)(w + at, &stride, rows, BYTES, spare);                                     \
             K(prefetch_share)(next, at, BYTES);                                                                        \
             BY_LANE_##name(b, stride, p, k);                                                                           \
             K(q_##name)(b, stride, p, k);                                                                              \

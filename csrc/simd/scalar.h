@@ -71,5 +71,5 @@ static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *li
 static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
     K(transpose)(rows, stride, lines, 4);
 }
-static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 2); }
+static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 3); }
 #undef EACH
