@@ -1,40 +1,31 @@
 """The command line as people and scripts meet it: what goes where, how it ends, and what one error looks like."""
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import shlex
 import signal
 import subprocess
-import sys
-import termios
 import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tiny import STR, U32, tiny
+from terminal import GEMMA4Q, SURE, chatty
+from tiny import U32, tiny
 
 from gemma4q.cli import COMMANDS, cli
 from gemma4q.cli.prompt import unescape
+from gemma4q.cli.run import why_slow
 from gemma4q.cli.terminal import columns, harmless, human_bytes
 
 ERROR_LINE = re.compile(r"error: [a-z_0-9]+: .+\n")
-GEMMA4Q = [sys.executable, "-P", "-m", "gemma4q"]  # -P: the installed package, not the folder we stand in
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A tiny model that can chat, on and on: it has the tokens of a turn, a template and a long context."""
-    file = tiny()
-    file.set("gemma4.context_length", U32, 8192)
-    file.set("tokenizer.chat_template", STR, "{{ messages }}")
-    file.set("general.name", STR, "evil \x1b[31m name")
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    path.write_bytes(file.bytes())
+    path.write_bytes(chatty())
     return str(path)
 
 
@@ -261,7 +252,6 @@ def test_doctor_says_what_was_chosen_and_why():
 
 
 SLOW = ("--backend", "reference", "--ignore-eos")
-SURE = ("--backend", "reference", "-s", "7", "--reasoning", "off")
 
 
 class TestRun:
@@ -312,6 +302,11 @@ class TestRun:
     def test_a_prompt_may_take_several_steps(self, model):
         done = invoke("run", model, "--raw", "-n", "2", "--ignore-eos", "--json", "-c", "8192", stdin="hi" * 3000)
         assert json.loads(done.stdout)["stats"]["prompt_tokens"] == 3001
+
+    def test_a_slow_backend_is_never_taken_silently(self, monkeypatch):
+        assert why_slow("native") is None
+        monkeypatch.setattr("gemma4q.backends.native.Native.available", lambda self: "no compiler was there")
+        assert why_slow("portable") == "portable computes, many times slower: backend native: no compiler was there"
 
     def test_another_template_writes_the_prompt(self, model, tmp_path):
         (tmp_path / "jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
@@ -364,128 +359,3 @@ class TestRun:
         shell = f"{' '.join(GEMMA4Q)} run {model} --raw hi {' '.join(SLOW)} < /dev/null | head -c 1 | wc -c"
         done = subprocess.run(["bash", "-c", shell], capture_output=True, timeout=60)
         assert done.stdout.strip() == b"1" and not done.stderr
-
-
-class Person:
-    """Sits at a terminal of its own, in front of `gemma4q run MODEL`."""
-
-    def __init__(self, *arguments: str):
-        self.master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "dumb"}
-        self.program = subprocess.Popen(
-            [*GEMMA4Q, "run", *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
-        os.close(slave)
-        self.seen = ""
-
-    def reads(self, wanted: str, seconds: float = 30) -> str:
-        """All output up to `wanted`, which is waited for."""
-        end = time.monotonic() + seconds
-        while wanted not in self.seen:
-            assert select.select([self.master], [], [], max(0, end - time.monotonic()))[0], self.seen
-            try:
-                self.seen += os.read(self.master, 4096).decode(errors="replace")
-            except OSError:  # the program left
-                assert wanted in self.seen, self.seen
-        before, self.seen = self.seen.split(wanted, 1)
-        return before
-
-    def types(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def says(self, text: str) -> str:
-        """Types a line and returns what is printed until the next prompt."""
-        self.types(text + "\n")
-        return self.reads(">>> ")
-
-    def presses_ctrl_c(self) -> None:
-        """At a prompt, a moment after it came: until it listens, the interpreter only notes a signal."""
-        time.sleep(0.2)
-        self.types("\x03")
-
-    def leaves(self) -> int:
-        code = self.program.wait(timeout=30)
-        os.close(self.master)
-        return code
-
-
-@pytest.fixture
-def person(model):
-    someone = Person(model, *SURE, "-n", "6")
-    someone.reads(">>> ")
-    yield someone
-    if someone.program.poll() is None:
-        someone.program.kill()
-        someone.leaves()
-
-
-class TestChat:
-    def test_answers_and_reuses_what_it_has_read(self, person):
-        assert "tokens/s" in person.says("hi")
-        assert "of them reused" in person.says("hi again")
-        assert re.search("messages +4\r\ncontext +[1-9][0-9]* of 8,192 tokens", person.says("/show"))
-        person.types("/bye\n")
-        assert person.leaves() == 0
-
-    def test_help_names_every_command(self, person):
-        text = person.says("/help")
-        for name in ("/help", "/clear", "/set", "/show", "/regen", "/save", "/load", "/bye", '"""'):
-            assert name in text
-
-    def test_settings_change_and_wrong_ones_are_refused(self, person):
-        person.says("/set temperature 0")
-        person.says("/set system be kind")
-        text = person.says("/show")
-        assert re.search("temperature +0.0", text) and "be kind" in text
-        assert "error: bad_option: temperature: " in person.says("/set temperature hot")
-        assert "error: bad_option: " in person.says("/set nonsense 1")
-        person.says("/set temperature -5")
-        assert "error: bad_option: temperature: -5.0" in person.says("hi")
-        assert "error: bad_command: /nonsense" in person.says("/nonsense")
-
-    def test_a_conversation_is_kept_and_taken_up_again(self, person, tmp_path):
-        answer = person.says("hi")
-        person.says(f"/save {tmp_path / 'talk.json'}")
-        assert re.search("messages +0", person.says("/clear") + person.says("/show"))
-        assert "loaded 2 messages" in person.says(f"/load {tmp_path / 'talk.json'}")
-        saved = json.loads((tmp_path / "talk.json").read_text())
-        assert [message["role"] for message in saved["messages"]] == ["user", "assistant"]
-        assert saved["sampling"]["seed"] == 7
-        assert printed(answer) == printed(person.says("/regen"))
-        (tmp_path / "bad.json").write_text('{"messages": [1]}')
-        assert "error: bad_file" in person.says(f"/load {tmp_path / 'bad.json'}")
-        assert "error: io: " in person.says(f"/load {tmp_path / 'none.json'}")
-        assert "error: io: " in person.says("/save /proc/none/talk.json")
-
-    def test_several_lines_are_one_message(self, person, tmp_path):
-        person.types('"""a\nb\n')
-        person.types('c"""\n')
-        person.reads(">>> ")
-        person.says(f"/save {tmp_path / 'talk.json'}")
-        assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "a\nb\nc"
-
-    def test_ctrl_c_stops_the_answer_and_not_the_program(self, person):
-        person.says("/set max_tokens -1")
-        person.says("/set logit_bias 1-inf")
-        person.says("/set logit_bias 6-inf")
-        person.types("hi\n")
-        person.reads("hi\r\n")
-        time.sleep(0.5)
-        person.types("\x03")
-        assert "stopped" in person.reads(">>> ", seconds=5)
-        assert re.search("messages +2", person.says("/show"))
-        person.presses_ctrl_c()
-        person.reads("press Ctrl-C again")
-        person.reads(">>> ")
-        person.presses_ctrl_c()
-        assert person.leaves() == 130
-
-    def test_ctrl_d_leaves(self, person):
-        person.types("\x04")
-        assert person.leaves() == 0
-
-
-def printed(answer: str) -> str:
-    """An answer without the figures behind it and the line that was typed."""
-    return answer.split("\r\n", 1)[1].split("[prompt")[0]

@@ -35,6 +35,8 @@ def run(model: str, words: tuple[str, ...], file: str | None, raw: bool, escape:
         raise click.UsageError("there is no prompt: give one here, with -f, or on stdin")
     how = options.given(values)
     with _load(model, values, quiet) as loaded:
+        if not quiet and values["backend"] == "auto" and (slow := why_slow(loaded.backend.name)):
+            warn(slow)
         if not raw and not _can_chat(loaded, values["chat_template"]):
             if text is None:
                 raise Gemma4qError("missing_key", f"{model} cannot chat: {NO_TEMPLATE}; --raw completes a text")
@@ -52,6 +54,17 @@ def run(model: str, words: tuple[str, ...], file: str | None, raw: bool, escape:
             click.echo(_json(generation, display))
     if generation.finish == "cancelled":
         click.get_current_context().exit(INTERRUPTED)
+
+
+def why_slow(backend: str) -> str | None:
+    """What to say when `auto` did not find the compiled backend; None when it did."""
+    from .. import backends
+
+    try:
+        backends.get("native")
+    except Gemma4qError as error:
+        return f"{backend} computes, many times slower: {error.message}"
+    return None
 
 
 def _load(model: str, values: dict, quiet: bool):
