@@ -272,7 +272,7 @@ class History:
     def _cut(self, used: int) -> None:
         """The last block ends after `used` positions: in place, unless somebody else needs the rest."""
         block = self.blocks[-1]
-        if block.users > 1 or any(child.users for child in block.children):
+        if block.users > 1:  # whoever holds a child holds this one too
             self._fork(used)
             return
         for child in list(block.children):
