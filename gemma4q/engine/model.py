@@ -59,10 +59,6 @@ class Prepared:
 
     def __init__(self, path, backend="auto", threads=None, context=None, kv="auto", sequences=1):
         self.gguf, self.config, self.weights = open_model(path)
-        if scaled := [name for name, scale in self.weights.output_scales.items() if scale != 1]:
-            raise Gemma4qError(
-                "bad_tensor_type", f"{scaled[0]} comes with a scale of its own, which is not computed with"
-            )
         self.backend = backends.get(backend)
         self.threads = choose_threads(threads)
         self.kv = kv_type(kv, {name: tensor.type for name, tensor in self.weights.tensors.items()})
