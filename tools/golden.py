@@ -43,7 +43,8 @@ TINY = {
     "dense-like": LESS | {"layers": 6, "ffn": 128},
     "unified-like": LESS | {"layers": 4, "ffn": 128, "head_dim": (32, 64), "period": 4},
 }
-CLEAR = 1e-4, 0.02  # least lead of an expert's probability, of a greedy token's logit: no rounding turns these
+CLEAR_EXPERT = 0.065  # least lead of a chosen expert's probability, times the number of choices: no rounding turns it
+CLEAR_TOKEN = 0.02  # least lead of a greedy token's logit
 
 LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -122,23 +123,28 @@ def reference(variant: str, shape: Shape) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def draw(model: torch.nn.Module, seed: int) -> None:
-    """Random weights, as bf16 holds them: matrices keep a vector's length, norms and scales lie around 1."""
+def draw(model: torch.nn.Module, seed: int, embedding: float) -> None:
+    """Random weights, as bf16 holds them: matrices keep a vector's length, norms and scales lie around 1.
+
+    Wide heads get smaller norms, and the embedding is `embedding` times what a layer adds, more in deeper models: else
+    rounding grows to 1e-3 of the logits.
+    """
     random = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
         if name.endswith("layer_scalar"):
             new = torch.rand(value.shape, generator=random) * 0.6 + 0.6
         elif name == "model.norm.weight":
-            new = 4 + torch.randn(value.shape, generator=random)
+            new = (4 + torch.randn(value.shape, generator=random)) / embedding
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            scores_stay_soft = min(1, 32 / len(value)) ** 0.25
-            new = (0.75 + 0.15 * torch.randn(value.shape, generator=random)) * scores_stay_soft
+            breadth = min(1, 32 / len(value)) ** 0.25
+            new = (0.75 + 0.15 * torch.randn(value.shape, generator=random)) * breadth
         elif value.dim() == 1:
             new = 1 + 0.25 * torch.randn(value.shape, generator=random)
         elif "router.proj" in name:
             new = 2 * torch.randn(value.shape, generator=random)
         else:
             new = torch.randn(value.shape, generator=random) * value.shape[-1] ** -0.5
+            new *= embedding if name == "model.embed_tokens.weight" else 1
         if name != "lm_head.weight":  # it is the embedding
             value.copy_(new.bfloat16().float())
 
@@ -185,13 +191,13 @@ def text(
     if shape.experts:
         probabilities, weights, index = (torch.stack(part).numpy() for part in zip(*seen["router"], strict=True))
         best = -np.sort(-probabilities)
-        if (best[..., : shape.used] - best[..., 1 : shape.used + 1]).min() < CLEAR[0]:
+        if (best[..., : shape.used] - best[..., 1 : shape.used + 1]).min() < CLEAR_EXPERT / index.size:
             return None
         out |= {"router_weights": weights, "router_index": index}
     greedy = list(ids)
     for _ in range(24):
         last = np.sort(step := model(torch.tensor(greedy)[None]).logits[0, -1].numpy())
-        if last[-1] - last[-2] < CLEAR[1]:
+        if last[-1] - last[-2] < CLEAR_TOKEN:
             return None
         greedy.append(int(step.argmax()))
     return out | {"greedy": np.array(greedy[length:])}
@@ -202,8 +208,9 @@ def images(model: torch.nn.Module, shape: Shape, ids: np.ndarray, image: int, ra
     kinds = np.zeros(len(ids), np.int64)
     kinds[9 : 9 + shape.window + 5] = kinds[44:57] = 1
     ids = np.where(kinds == 1, image, ids)
-    soft = random.normal(0, 1, (int(kinds.sum()), shape.hidden)).astype(np.float32)
     embedded = model.model.embed_tokens(torch.tensor(ids))
+    spread = round(float(embedded.std()))  # about what tokens have
+    soft = random.normal(0, spread, (int(kinds.sum()), shape.hidden)).astype(np.float32)
     embedded[torch.tensor(kinds) == 1] = torch.tensor(soft)
     blocks = get_block_sequence_ids_for_mask(torch.tensor(kinds)[None], device="cpu")
     masks = create_masks_for_vision_model(
@@ -227,7 +234,7 @@ def make(variant: str, out: Path, tiny: bool, seed: int, keep_hf: bool) -> None:
     corpus = (Path(__file__).parents[1] / "LICENSE").read_text()
     model = reference(variant, shape).float().eval()
     for attempt in count(seed):
-        draw(model, attempt)
+        draw(model, attempt, embedding=1 if tiny else 5)
         random = np.random.default_rng(attempt)
         found = text(model, shape, 72 if tiny else 96, random)
         if found is not None:
