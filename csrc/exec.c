@@ -40,7 +40,7 @@ int32_t chunk_count(const op *o, const context *c) {
         case OP_ANGLES: return (rows + 15) / 16;
         case OP_MATMUL: {
             const weight *w = &c->weights[o->weight[0]];
-            const int32_t share = matmul_share(w, rows);
+            const int32_t share = matmul_share(w, rows, c->threads);
             return (w->rows + share - 1) / share;
         }
         case OP_ATTEND: {
@@ -54,10 +54,15 @@ int32_t chunk_count(const op *o, const context *c) {
         case OP_EXPERTS_UP: {
             const weight *w = &c->weights[o->weight[0]];
             const int32_t groups = *(const int32_t *)buffer_row(c, o->in[2], 0);
-            return groups * (o->weight[1] < 0 ? 1 : 2) * ((w->rows + STRETCH_ROWS - 1) / STRETCH_ROWS);
+            const int32_t share = experts_up_share(w, rows);
+            return groups * (o->weight[1] < 0 ? 1 : 2) * ((w->rows + share - 1) / share);
         }
         case OP_EXPERTS_GELU: return tile_count(rows * o->used, o->size);
-        case OP_EXPERTS_DOWN: return (c->weights[o->weight[0]].rows + STRETCH_ROWS - 1) / STRETCH_ROWS;
+        case OP_EXPERTS_DOWN: {
+            const weight *w = &c->weights[o->weight[0]];
+            const int32_t share = experts_down_share(w, rows, c->threads);
+            return (w->rows + share - 1) / share;
+        }
         case OP_TOP_PART: return rows * ((c->buffers[o->in[0]].width + o->size - 1) / o->size);
         case OP_GROUP: case OP_TOP: return 1;
         default: return rows;           /* embed, embed_rows, route, store_kv */
@@ -68,6 +73,18 @@ static int64_t now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+/* Bytes of weights an op reads: each matrix once, an expert once however many rows chose it. */
+static int64_t bytes_read(const op *o, const context *c) {
+    const int expert = o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN;
+    int64_t bytes = 0;
+    if (o->code != OP_MATMUL && !expert) return 0;
+    for (int32_t j = 0; j < 4 && o->weight[j] >= 0; j++) {
+        const weight *w = &c->weights[o->weight[j]];
+        bytes += w->rows * row_bytes(w->type, w->cols) * (expert ? *(const int32_t *)buffer_row(c, o->in[2], 0) : 1);
+    }
+    return bytes;
 }
 
 /* Thread 0 alone runs ops of one chunk, so a row of them needs no barrier in between. */
@@ -86,6 +103,7 @@ static void share(void *arg, int32_t thread, int32_t threads) {
         }
         const int32_t chunks = s->chunks[i] == LATER ? chunk_count(o, &c) : s->chunks[i];
         const kernel run = s->kernels->ops[o->code];
+        if (thread == 0 && chunks) c.result->weight_bytes += bytes_read(o, &c);
         if (chunks == 1 && s->chunks[i] != LATER) {
             if (thread == 0) run(o, &c, 0);
         } else {
@@ -142,22 +160,6 @@ static int32_t prepare(session *s, const uint8_t *memory) {
     return STATUS_OK;
 }
 
-/* Bytes of weights this step reads, each matrix once, an expert once however many rows chose it. */
-static int64_t bytes_read(const session *s) {
-    int64_t bytes = 0;
-    for (int32_t i = s->first; i < s->end; i++) {
-        const op *o = &s->ops[i];
-        const int expert = o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN;
-        if (!s->chunks[i] || !(o->code == OP_MATMUL || expert)) continue;
-        for (int32_t j = 0; j < 4 && o->weight[j] >= 0; j++) {
-            const weight *w = &s->weights[o->weight[j]];
-            const int64_t each = w->rows * row_bytes(w->type, w->cols);
-            bytes += expert ? each * *(const int32_t *)buffer_row(&s->step, o->in[2], 0) : each;
-        }
-    }
-    return bytes;
-}
-
 int32_t session_run(session *s, const uint8_t *memory, run_result *result, const int32_t *cancel, int32_t first, int32_t end) {
     s->step.result = result;
     s->step.threads = pool_threads(s->threads);
@@ -173,7 +175,6 @@ int32_t session_run(session *s, const uint8_t *memory, run_result *result, const
     lay_barriers(s);
     pool_run(s->threads, share, s);
     if (atomic_load(&s->stopped)) result->status = STATUS_CANCELLED;
-    else result->weight_bytes = bytes_read(s);
     return result->status;
 }
 
@@ -234,12 +235,11 @@ typedef struct {
 } once;
 
 static void matmul_share_once(void *arg, int32_t thread, int32_t threads) {
-    (void)threads;
     once *m = arg;
     uint8_t *scratch = m->scratch + (int64_t)thread * THREAD_BYTES;
     const void *x[512];
     float *y[512];
-    const int32_t share = matmul_share(m->w, m->rows), chunks = (m->w->rows + share - 1) / share;
+    const int32_t share = matmul_share(m->w, m->rows, threads), chunks = (m->w->rows + share - 1) / share;
     for (int32_t n; (n = atomic_fetch_add(&m->next, 1)) < chunks;) {
         const int64_t first = (int64_t)n * share, height = m->w->rows - first < share ? m->w->rows - first : share;
         for (int32_t r0 = 0; r0 < m->rows; r0 += 512) {

@@ -16,6 +16,8 @@ enum {
     LANES = 16,             /* weight rows, positions or dimensions worked on side by side */
     STRETCH_ROWS = 64,      /* weight rows unpacked at a time when many tokens share them */
     STRETCH_COLS = 2048,    /* of their columns */
+    SHARE_ROWS = 1024,
+    SHARE_BYTES = 1 << 19,
     TILE_ELEMENTS = 8192,   /* of a share of an elementwise op */
     ATTEND_BLOCK = 512,     /* positions in one softmax block; blocks start at multiples of it */
     ATTEND_ROWS = 8,        /* query rows (heads, tokens) that share each key */
@@ -100,11 +102,23 @@ static inline int64_t row_bytes(int32_t type, int64_t cols) {
     return cols / b.values * b.bytes;
 }
 
-/* Weight rows in one share of a matmul: about 64 KiB where few tokens use them, a stretch where many do. */
-static inline int32_t matmul_share(const weight *w, int32_t tokens) {
+/* Weight rows in one share of a matmul of `height` rows: a stretch where many tokens use them. Where few do, a share is
+ * one stream from memory whose start nobody has prefetched: long, but four for each thread. */
+static inline int32_t share_rows(int32_t height, int64_t bytes, int32_t tokens, int32_t threads) {
     if (tokens > LANES) return STRETCH_ROWS;
-    const int64_t rows = 65536 / row_bytes(w->type, w->cols) / LANES * LANES;
-    return rows < LANES ? LANES : rows > 256 ? 256 : (int32_t)rows;
+    const int64_t even = height / (4 * threads), most = SHARE_BYTES / bytes < SHARE_ROWS ? SHARE_BYTES / bytes : SHARE_ROWS;
+    const int64_t rows = (even < most ? even : most) / LANES * LANES;
+    return rows < LANES ? LANES : (int32_t)rows;
+}
+static inline int32_t matmul_share(const weight *w, int32_t tokens, int32_t threads) {
+    return share_rows(w->rows, row_bytes(w->type, w->cols), tokens, threads);
+}
+/* The same of an expert's matrices: gate and up are one of many pieces of work, down is all there is. */
+static inline int32_t experts_up_share(const weight *w, int32_t rows) {
+    return share_rows(w->rows, row_bytes(w->type, w->cols), rows, 1);
+}
+static inline int32_t experts_down_share(const weight *w, int32_t rows, int32_t threads) {
+    return share_rows(w->rows, row_bytes(w->type, w->cols), rows, threads);
 }
 int32_t chunk_count(const op *, const context *);
 

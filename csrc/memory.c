@@ -61,10 +61,11 @@ void mapping_release(int32_t slot) {
 /* -- Row cache: the least recently used row makes room ------------------------------------------------ */
 
 struct row_cache {
-    int32_t  fd, rows, slots, clock;
-    int64_t  offset, row_bytes;
+    int32_t  fd, rows, slots;
+    int64_t  offset, row_bytes, clock;
     int32_t *slot_of;       /* [rows], -1: not here */
-    int32_t *row_of, *used; /* [slots] */
+    int32_t *row_of;        /* [slots] */
+    int64_t *used;          /* [slots]: when it was last asked for */
     uint8_t *data;          /* [slots][row_bytes] */
 };
 
@@ -74,7 +75,7 @@ row_cache *row_cache_new(int32_t fd, int64_t offset, int64_t row_bytes, int32_t 
     *r = (row_cache){.fd = fd, .rows = rows, .slots = slots, .offset = offset, .row_bytes = row_bytes};
     r->slot_of = malloc((size_t)rows * sizeof(int32_t));
     r->row_of = malloc((size_t)slots * sizeof(int32_t));
-    r->used = calloc((size_t)slots, sizeof(int32_t));
+    r->used = calloc((size_t)slots, sizeof(int64_t));
     r->data = malloc((size_t)slots * (size_t)row_bytes);
     if (!r->slot_of || !r->row_of || !r->used || !r->data) {
         row_cache_free(r);

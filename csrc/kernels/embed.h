@@ -38,14 +38,17 @@ static void K(embed)(const op *o, const context *c, int32_t row) {
     for (int32_t i = 0; i < w->cols; i++) y[i] *= o->scale;
 }
 
-/* A soft token has the row of token 0. A width that cuts a block in two is why the whole row is unpacked. */
+/* A soft token has the row of token 0. The columns wanted may begin and end inside a block. */
 static void K(embed_rows)(const op *o, const context *c, int32_t row) {
+    enum { PIECE = 1 << 14 };
     const weight *w = &c->weights[o->weight[0]];
     const batch_row *info = row_info(o, c, row);
-    const int32_t width = c->buffers[o->out].width, values = block_of(w->type).values;
-    const int32_t first = o->part / values * values, end = (o->part + width + values - 1) / values * values;
     const uint8_t *x = row_cache_row((const row_cache *)(uintptr_t)w->data, info->vector >= 0 ? 0 : info->token);
-    float *y = buffer_row(c, o->out, row), *whole = (float *)c->scratch;
-    K(kernels).dequantize[w->type](x + row_bytes(w->type, first), whole, end - first);
-    for (int32_t i = 0; i < width; i++) y[i] = whole[o->part - first + i] * o->scale;
+    const int32_t begin = o->part, end = begin + c->buffers[o->out].width;
+    float *y = buffer_row(c, o->out, row), *piece = (float *)c->scratch;
+    for (int32_t at = begin / PIECE * PIECE; at < end; at += PIECE) {
+        const int32_t cols = w->cols - at < PIECE ? w->cols - at : PIECE;
+        K(kernels).dequantize[w->type](x + row_bytes(w->type, at), piece, cols);
+        for (int32_t i = begin > at ? begin : at; i < at + cols && i < end; i++) y[i - begin] = piece[i - at] * o->scale;
+    }
 }

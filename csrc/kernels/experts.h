@@ -58,15 +58,14 @@ static inline weight K(expert)(const weight *all, int32_t e) {
     return w;
 }
 
-/* One share: a stretch of rows of one expert, gate and up in one tensor or in two. */
+/* One share: some rows of one expert, gate and up in one tensor or in two. */
 static void K(experts_up)(const op *o, const context *c, int32_t chunk) {
     const weight *gate = &c->weights[o->weight[0]];
-    const int32_t height = gate->rows, stretches = (height + STRETCH_ROWS - 1) / STRETCH_ROWS;
-    const int32_t tensors = o->weight[1] < 0 ? 1 : 2, which = chunk / stretches % tensors;
-    const K(expert_group) group = K(group_at)(o, c, chunk / stretches / tensors);
+    const int32_t height = gate->rows, share = experts_up_share(gate, rows_of(o, c)), shares = (height + share - 1) / share;
+    const int32_t tensors = o->weight[1] < 0 ? 1 : 2, which = chunk / shares % tensors;
+    const K(expert_group) group = K(group_at)(o, c, chunk / shares / tensors);
     const weight w = K(expert)(&c->weights[o->weight[which]], group.expert);
-    const int64_t first = (int64_t)(chunk % stretches) * STRETCH_ROWS;
-    const int64_t rows = height - first < STRETCH_ROWS ? height - first : STRETCH_ROWS;
+    const int64_t first = (int64_t)(chunk % shares) * share, rows = height - first < share ? height - first : share;
     const void **x = (const void **)c->scratch;
     float **y = (float **)(x + MOST_TOKENS);
     for (int32_t at = 0; at < group.count; at += MOST_TOKENS) {
@@ -89,17 +88,18 @@ static void K(experts_gelu)(const op *o, const context *c, int32_t chunk) {
     }
 }
 
-/* One share: a stretch of the result's columns for every row, expert after expert. */
+/* One share: some of the result's columns for every row, expert after expert. */
 static void K(experts_down)(const op *o, const context *c, int32_t chunk) {
-    enum { TOGETHER = 256 };
+    enum { TOGETHER = 256 };        /* rows of a stretch, or sixteen of a long share */
     const weight *all = &c->weights[o->weight[0]];
     const int32_t rows = rows_of(o, c), groups = *(const int32_t *)buffer_row(c, o->in[2], 0);
-    const int64_t first = (int64_t)chunk * STRETCH_ROWS;
-    const int64_t width = all->rows - first < STRETCH_ROWS ? all->rows - first : STRETCH_ROWS;
+    const int32_t share_width = experts_down_share(all, rows, c->threads);
+    const int64_t first = (int64_t)chunk * share_width;
+    const int64_t width = all->rows - first < share_width ? all->rows - first : share_width;
     const int64_t slot_bytes = c->buffers[o->in[0]].stride / o->used;
     const void **x = (const void **)c->scratch;
     float **y = (float **)(x + TOGETHER), *part = (float *)(y + TOGETHER);
-    uint8_t *scratch = (uint8_t *)(part + TOGETHER * STRETCH_ROWS);
+    uint8_t *scratch = (uint8_t *)(part + LANES * SHARE_ROWS);
     for (int32_t r = 0; r < rows; r++)
         __builtin_memset((float *)buffer_row(c, o->out, r) + first, 0, (size_t)width * sizeof(float));
     for (int32_t g = 0; g < groups; g++) {
@@ -110,7 +110,7 @@ static void K(experts_down)(const op *o, const context *c, int32_t chunk) {
             for (int32_t i = 0; i < n; i++) {
                 const int32_t row = group.pairs[at + i] / o->used, slot = group.pairs[at + i] % o->used;
                 x[i] = (const uint8_t *)buffer_row(c, o->in[0], row) + slot * slot_bytes;
-                y[i] = part + i * STRETCH_ROWS;
+                y[i] = part + i * width;
             }
             K(matmul_stretch)(&w, first, width, x, y, n, scratch);
             for (int32_t i = 0; i < n; i++) {

@@ -151,7 +151,7 @@ static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, cons
 
 static void K(matmul)(const op *o, const context *c, int32_t chunk) {
     const weight *w = &c->weights[o->weight[0]];
-    const int32_t tokens = rows_of(o, c), share = matmul_share(w, tokens);
+    const int32_t tokens = rows_of(o, c), share = matmul_share(w, tokens, c->threads);
     const int64_t first = (int64_t)chunk * share, rows = w->rows - first < share ? w->rows - first : share;
     const void **x = (const void **)c->scratch;
     float **y = (float **)(x + MOST_TOKENS);

@@ -87,7 +87,7 @@ def _slots(tensor: TensorData, limits: Limits) -> int:
 
 def _cache_bytes(tensor: TensorData, limits: Limits) -> int:
     slots = _slots(tensor, limits)
-    return slots * (row_bytes(tensor.type, tensor.shape[1]) + 8) + 4 * tensor.shape[0]
+    return slots * (row_bytes(tensor.type, tensor.shape[1]) + 12) + 4 * tensor.shape[0]
 
 
 def anonymous(count: int) -> np.ndarray:
@@ -202,7 +202,7 @@ class NativeSession:
         entry = self.packed.buffers[self.packed.numbers[buffer]]
         kind = {BufferType.F32: np.float32, BufferType.I32: np.int32, BufferType.A8: dtype("block_a8")}[buffer.type]
         at, stride = int(entry["offset"]), int(entry["stride"])
-        return self.arena[at : at + rows * stride].view(kind).reshape(rows, -1)
+        return self.arena[at : at + rows * stride].view(kind).reshape(rows, stride // np.dtype(kind).itemsize)
 
     def read(self, buffer: str) -> np.ndarray:
         """A copy of a buffer's rows as the last run left them; only true while nothing has taken its place."""
