@@ -16,7 +16,7 @@ struct session {
     kv_layer           *kv;
     int32_t             weight_count;
     uint8_t            *arena, *scratch;
-    _Atomic int32_t    *next;       /* [ops]: the chunk to take next */
+    _Atomic int32_t    *taken;      /* [threads][ops]: chunks taken of each thread's own run of them */
     int32_t            *chunks;     /* [ops] of this run; -1: known only when the op starts */
     uint8_t            *barrier;    /* [ops] before which all threads meet */
     const int32_t      *cancel;
@@ -87,6 +87,18 @@ static int64_t bytes_read(const op *o, const context *c) {
     return bytes;
 }
 
+/* A thread takes its own run of chunks in order, one stream through memory, then helps out with what others have left. */
+static void take_chunks(session *s, int32_t number, int32_t chunks, kernel run, const context *c, int32_t thread) {
+    for (int32_t i = 0; i < c->threads; i++) {
+        const int32_t owner = (thread + i) % c->threads;
+        const int32_t first = (int32_t)((int64_t)chunks * owner / c->threads);
+        const int32_t count = (int32_t)((int64_t)chunks * (owner + 1) / c->threads) - first;
+        _Atomic int32_t *taken = &s->taken[(int64_t)owner * s->count + number];
+        for (int32_t n; (n = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed)) < count;)
+            run(&s->ops[number], c, first + n);
+    }
+}
+
 /* Thread 0 alone runs ops of one chunk, so a row of them needs no barrier in between. */
 static void share(void *arg, int32_t thread, int32_t threads) {
     session *s = arg;
@@ -107,7 +119,7 @@ static void share(void *arg, int32_t thread, int32_t threads) {
         if (chunks == 1 && s->chunks[i] != LATER) {
             if (thread == 0) run(o, &c, 0);
         } else {
-            for (int32_t n; (n = atomic_fetch_add_explicit(&s->next[i], 1, memory_order_relaxed)) < chunks;) run(o, &c, n);
+            take_chunks(s, i, chunks, run, &c, thread);
         }
         if (before) {
             const int64_t after = now();
@@ -122,7 +134,8 @@ static void lay_barriers(session *s) {
     int alone = 1, owed = 0;
     for (int32_t i = s->first; i < s->end; i++) {
         s->chunks[i] = s->ops[i].code == OP_EXPERTS_UP ? LATER : chunk_count(&s->ops[i], &s->step);
-        atomic_store_explicit(&s->next[i], 0, memory_order_relaxed);
+        for (int32_t t = 0; t < s->step.threads; t++)
+            atomic_store_explicit(&s->taken[(int64_t)t * s->count + i], 0, memory_order_relaxed);
         const int single = s->chunks[i] == 1 || s->chunks[i] == 0;
         s->barrier[i] = 0;
         if (s->ops[i].wait || owed) {
@@ -194,14 +207,14 @@ session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, c
     s->buffers = copy(buffers, (size_t)buffer_count, sizeof *buffers);
     s->weights = copy(weights, (size_t)weight_count, sizeof *weights);
     s->kv = copy(kv, (size_t)kv_count, sizeof *kv);
-    s->next = calloc((size_t)count, sizeof *s->next);
+    s->taken = calloc((size_t)count * (size_t)(threads ? pool_threads(threads) : 1), sizeof *s->taken);
     s->chunks = calloc((size_t)count, sizeof *s->chunks);
     s->barrier = calloc((size_t)count, 1);
     s->count = count;
     s->weight_count = weight_count;
     s->arena = arena;
     s->scratch = scratch;
-    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->next || !s->chunks || !s->barrier) {
+    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->taken || !s->chunks || !s->barrier) {
         session_free(s);
         return NULL;
     }
@@ -214,7 +227,7 @@ void session_free(session *s) {
     free(s->buffers);
     free(s->weights);
     free(s->kv);
-    free(s->next);
+    free(s->taken);
     free(s->chunks);
     free(s->barrier);
     free(s);

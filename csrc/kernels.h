@@ -17,7 +17,7 @@ enum {
     STRETCH_ROWS = 64,      /* weight rows unpacked at a time when many tokens share them */
     STRETCH_COLS = 2048,    /* of their columns */
     SHARE_ROWS = 1024,
-    SHARE_BYTES = 1 << 19,
+    SHARE_BYTES = 1 << 16,
     TILE_ELEMENTS = 8192,   /* of a share of an elementwise op */
     ATTEND_BLOCK = 512,     /* positions in one softmax block; blocks start at multiples of it */
     ATTEND_ROWS = 8,        /* query rows (heads, tokens) that share each key */
@@ -102,8 +102,8 @@ static inline int64_t row_bytes(int32_t type, int64_t cols) {
     return cols / b.values * b.bytes;
 }
 
-/* Weight rows in one share of a matmul of `height` rows: a stretch where many tokens use them. Where few do, a share is
- * one stream from memory whose start nobody has prefetched: long, but four for each thread. */
+/* Weight rows in one share of a matmul: a stretch where many tokens use them, about 64 KiB where few do; there a thread's
+ * shares follow each other, so that what it prefetches is what it comes to. */
 static inline int32_t share_rows(int32_t height, int64_t bytes, int32_t tokens, int32_t threads) {
     if (tokens > LANES) return STRETCH_ROWS;
     const int64_t even = height / (4 * threads), most = SHARE_BYTES / bytes < SHARE_ROWS ? SHARE_BYTES / bytes : SHARE_ROWS;

@@ -26,9 +26,10 @@ static inline int64_t K(stretch_cols)(int32_t type, int64_t tokens) {
     return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 ? STRETCH_COLS / 4 : STRETCH_COLS;
 }
 
-/* The share of the next panel that goes with `bytes` of each of this panel's rows, `at` bytes into them. */
-static INLINE void K(prefetch_share)(const uint8_t *next, int64_t at, int64_t bytes) {
-    for (int64_t n = 0; n < bytes * LANES; n += 64) K(prefetch)(next + at * LANES + n);
+/* The share of the next panel that goes with `bytes` of each of this panel's rows: a few lines at a time, since a core
+ * waits when more are asked for than it can keep in flight. */
+static INLINE void K(prefetch_share)(const uint8_t *next, int64_t bytes) {
+    for (int64_t n = 0; n < bytes * LANES; n += 64) K(prefetch)(next + n);
 }
 
 /* -- Lines: sixteen rows' dwords of packed bits, split alike in every lane -------------------------------------- */
@@ -95,7 +96,6 @@ static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, i
                 if (f.qh >= 0) __builtin_memcpy(&fifth[i][r], b + i * f.bytes + f.qh, 4);
             }
         }
-        K(prefetch_share)(next, at, blocks * f.bytes);
         for (int i = 0; i < blocks; i++) {
             float *scale = p.scale + (k / 32 + i) * LANES;
             if (f.qs > 1) {
@@ -108,12 +108,14 @@ static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, i
         }
         if (f.bytes == sizeof(block_q8_0)) {
             for (int i = 0; i < 2 * blocks; i++) {
+                K(prefetch_share)(next + (at + i * f.bytes / 2) * LANES, f.bytes / 2);
                 K(transpose_quad)(base + i / 2 * f.bytes + f.qs + i % 2 * 16, stride, lines[0]);
                 for (int j = 0; j < 4; j++) K(put_line)(p, k + 16 * i + 4 * j, *(K(dwords) *)lines[j] ^ 0x80808080);
             }
             continue;
         }
         for (int i = 0; i < blocks; i++) {
+            K(prefetch_share)(next + (at + i * f.bytes) * LANES, f.bytes);
             K(transpose_quad)(base + i * f.bytes + f.qs, stride, lines[0]);
             for (int j = 0; j < 4; j++) {
                 const int64_t column = k + 32 * i + 4 * j;
@@ -272,8 +274,9 @@ static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, pane
             const int64_t at = k / STEP * BYTES;                                                                       \
             int64_t stride = row_stride;                                                                               \
             const uint8_t *b = K(sixteen)(w + at, &stride, rows, BYTES, spare);                                     \
-            K(prefetch_share)(next, at, BYTES);                                                                        \
+            K(prefetch_share)(next + at * LANES, BYTES / 2);                                                           \
             BY_LANE_##name(b, stride, p, k);                                                                           \
+            K(prefetch_share)(next + at * LANES + BYTES * LANES / 2, BYTES / 2);                                       \
             K(q_##name)(b, stride, p, k);                                                                              \
         }                                                                                                              \
     }
