@@ -3,6 +3,11 @@
 All weights, activations, results and scratch end where memory ends: a kernel that reads or writes too far dies here.
 """
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cases import BLOCKS, COLS, FLOATS, ISAS, KINDS, NAMES, QUANTS, ROWS, TOKENS, Matmul, bits, blocks, fence, fenced
@@ -250,6 +255,15 @@ def test_activations_are_rounded_as_the_twin_rounds_them(isa):
         np.testing.assert_array_equal(exactly(y[name]), exactly(wanted[name]), name)
     assert np.abs(y["qs"].astype(int)).max() == 127
     np.testing.assert_array_equal(y["qs"][8][1:], np.rint(np.arange(32) + 0.5)[1:])
+
+
+@pytest.mark.parametrize("beyond", [-1, 100])
+def test_a_byte_beyond_a_fence_kills(beyond):
+    """Or the fences would prove nothing."""
+    start = None if beyond > 0 else 0
+    code = f"import ctypes, cases; x = cases.fenced(100, {start}); a = x.ctypes.data; ctypes.string_at(a, 100)"
+    for more, status in (("", 0), (f"; ctypes.string_at(a + {beyond}, 1)", -signal.SIGSEGV)):
+        assert subprocess.run([sys.executable, "-c", code + more], cwd=Path(__file__).parent).returncode == status
 
 
 # -- The twin itself, against arithmetic that knows nothing of it ------------------------------------------------------
