@@ -1,7 +1,7 @@
 /* Panels: sixteen rows of a matrix, unpacked from the mapped blocks so that each lane holds a row.
  *
  * unpack(row 0 at column 0, bytes from row to row, rows that exist, columns, panel, the region to prefetch). Rows that
- * do not exist repeat row 0. 256 columns at a time: bytes are gathered row by row, turned by a 16 x 16 transpose of
+ * do not exist repeat row 0. 256 columns at a time: bytes are gathered from each row and turned,
  * dwords, and split into q where all lanes do the same. The next panel is one contiguous region, prefetched as one
  * stream, a share with each step.
  */
@@ -34,6 +34,11 @@ static INLINE void K(prefetch_share)(const uint8_t *next, int64_t bytes) {
 
 /* -- Lines: sixteen rows' dwords of packed bits, split alike in every lane -------------------------------------- */
 
+/* Sixteen rows, `stride` apart, of 4 `count` bytes become `count` lines of 64: line j holds dword j of every row. */
+static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
+    for (int j = 0; j < count; j += 4) K(transpose_quad)(rows + 4 * j, stride, lines + 64 * j);
+}
+
 /* A line as sixteen dwords: the compiler's own vectors, as wide as the instruction set has them. */
 typedef uint32_t K(dwords) __attribute__((vector_size(64), aligned(64), may_alias));
 
@@ -52,7 +57,8 @@ static INLINE K(floats) K(halves)(K(dwords) x) {
 
 /* The bits of x from `down` on that `mask` keeps, moved `up` in each byte. */
 static INLINE K(dwords) K(bits)(const uint8_t *x, int down, uint32_t mask, int up) {
-    return (*(const K(dwords) *)x >> down & mask) << up;
+    const K(dwords) all = *(const K(dwords) *)x;
+    return (up > down ? all << (up - down) : all >> (down - up)) & mask << up;
 }
 /* Four bits of each lane from bit `at` on become 16 in its four bytes. */
 static INLINE K(dwords) K(fifth)(const uint32_t *bits, int at) {

@@ -68,38 +68,7 @@ static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
     }
 }
 
-static INLINE void K(transpose_ymm)(__m256i r[8], uint8_t *lines) {
-    __m256i t[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_si256((__m256i *)(lines + 64 * i), _mm256_permute2x128_si256(r[i], r[4 + i], 0x20));
-        _mm256_storeu_si256((__m256i *)(lines + 64 * (4 + i)), _mm256_permute2x128_si256(r[i], r[4 + i], 0x31));
-    }
-}
-/* Rows of 64 bytes, `stride` apart, become 16 lines of 16 dwords: line j holds dword j of every row. */
-static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
-    for (int half = 0; half < count / 8; half++)
-        for (int eight = 0; eight < 2; eight++) {
-            __m256i r[8];
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++)
-                r[i] = _mm256_loadu_si256((const __m256i *)(rows + (8 * eight + i) * stride + 32 * half));
-            K(transpose_ymm)(r, lines + 512 * half + 32 * eight);
-        }
-}
-/* Rows of 16 bytes become 4 lines. Each half of a register holds row i or i + 4, so two rounds of unpacking do. */
+/* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. Each half of a register holds row i or i + 4, so two rounds of unpacking do. */
 static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
     for (int eight = 0; eight < 2; eight++, rows += 8 * stride, lines += 32) {
         __m256i r[4];

@@ -38,49 +38,7 @@ static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
     _mm512_store_si512(line, _mm512_shuffle_epi8(all, _mm512_load_si512(line)));
 }
 
-/* Rows of 64 bytes, `stride` apart, become 16 lines of 16 dwords: line j holds dword j of every row. */
-static INLINE void K(transpose_zmm)(vi r[16]) {
-    vi t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-}
-static INLINE void K(store_lines)(vi r[16], uint8_t *lines, int count) {
-#pragma GCC unroll 16
-    for (int i = 0; i < count; i++) _mm512_store_si512(lines + 64 * i, r[i]);
-}
-static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
-    vi r[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows + i * stride);
-    K(transpose_zmm)(r);
-    if (count == 16) K(store_lines)(r, lines, 16);
-    else K(store_lines)(r, lines, 8);
-}
-/* Rows of 16 bytes become 4 lines. Lane quarter q of a register holds row i + 4 q, so two rounds of unpacking do. */
+/* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. Quarter q of a register holds row i + 4 q, so two rounds of unpacking do. */
 static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
     vi r[4];
 #pragma GCC unroll 4

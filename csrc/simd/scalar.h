@@ -62,14 +62,10 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
 static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
     for (int i = 0; i < 64; i++) line[i] = table[line[i]];
 }
-/* Rows of 64 bytes, `stride` apart, become 16 lines of 16 dwords: line j holds dword j of every row. */
-static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
-    for (int j = 0; j < count; j++)
-        EACH __builtin_memcpy(lines + 64 * j + 4 * i, rows + i * stride + 4 * j, 4);
-}
-/* Rows of 16 bytes become 4 lines. */
+/* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. */
 static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
-    K(transpose)(rows, stride, lines, 4);
+    for (int j = 0; j < 4; j++)
+        EACH __builtin_memcpy(lines + 64 * j + 4 * i, rows + i * stride + 4 * j, 4);
 }
 static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 3); }
 #undef EACH
