@@ -10,7 +10,7 @@ from tiny import TOKENS, WINDOW, tiny
 import gemma4q
 from gemma4q import abi
 from gemma4q.abi import RowFlag, Status
-from gemma4q.engine.engine import Engine
+from gemma4q.engine.engine import BUSY_ROWS, Engine
 from gemma4q.engine.kv_cache import local_pages
 from gemma4q.engine.memory import limits_for
 from gemma4q.engine.prompt import Prompt, Soft
@@ -185,6 +185,18 @@ def test_an_image_is_never_cut_and_its_rows_see_its_end(model, rows):
     assert np.abs(score(engine(model, wanted=60), causal)[10] - whole[10]).max() > 1e-3
 
 
+def test_an_image_does_not_wait_until_others_have_finished(model):
+    """It is longer than what a prompt gets of a step that an answer is waiting for."""
+    runner = engine(model, rows=BUSY_ROWS + 100, sequences=2, context=640)
+    talking = answer(model, ids(0, 20), 100, SamplingOptions(seed=1, temperature=3, ignore_eos=True))
+    seeing = answer(model, ids(1, 400), 1)
+    seeing.prompt = Prompt(ids(1, 400), [image(20, BUSY_ROWS + 50, whole=True)])
+    runner.submit(talking)
+    runner.step()
+    run(runner, seeing)
+    assert not talking.over
+
+
 def test_a_prefix_with_an_image_is_resumed_for_the_same_image_only(model):
     runner = engine(model)
     for seed, reused in ((0, 0), (0, 59), (1, 10)):
@@ -252,21 +264,29 @@ def test_the_same_seed_says_the_same_and_another_does_not(model):
     assert said(7) == said(7) != said(8)
 
 
+def test_an_answer_given_back_as_a_prompt_goes_on_the_same(model):
+    """What is drawn depends on seed and position, not on how often was drawn before."""
+    options = SamplingOptions(seed=7)
+    whole = run(engine(model), answer(model, ids(0, 10), 20, options))[0]
+    assert run(engine(model), answer(model, [*ids(0, 10), *whole[:8]], 12, options)) == [whole[8:]]
+
+
 def test_a_row_that_is_no_number_ends_its_own_request_only(model):
+    """The prompt that fails comes after the answer in the engine's list, and before it in the batch."""
     runner = engine(model, sequences=2)
     good, bad = answer(model, ids(0, 20), 6), answer(model, ids(1, 20), 6)
     runner.submit(good)
-    runner.submit(bad)
     runner.step()
+    runner.submit(bad)
     honest = runner.session.run
 
     def broken(batch):
         result = honest(batch)
-        row = int(batch.sequences[1]["first_row"])
-        return replace(result, status=Status.NON_FINITE, bad_row=row) if bad in runner.running else result
+        at = np.flatnonzero(batch.rows["position"][: batch.header["rows"]] == 3)
+        return replace(result, status=Status.NON_FINITE, bad_row=int(at[0])) if len(at) else result
 
     runner.session.run = broken
-    with pytest.raises(Gemma4qError, match="bad_numeric"):
+    with pytest.raises(Gemma4qError, match=r"bad_numeric: .* token 3$"):
         runner.finish(bad)
     runner.finish(good)
     assert [good.tokens] == run(engine(model), answer(model, ids(0, 20), 6))
