@@ -3,8 +3,8 @@
     python bench/vs_llamacpp.py MODEL.gguf -p 512 -n 128 -d 0 -t 2 -r 9 --peer-python ~/peers/bin/python
 
 Each side is a process that loads once and lives through the run (worker.py). A run whose CPU time is below 0.97 of
-threads x wall had company on its cores and is thrown away, with its partner. `--b none` measures one side alone;
-`--a X --b X` shows what noise is. Prints medians, extremes and the median ratio of a pair; `--csv` appends each run.
+threads x wall (`--busy`) had company on its cores and is thrown away, with its partner. `--b none` measures one side
+alone; `--a X --b X` shows what noise is. Prints medians, extremes and the median ratio of a pair; `--csv` appends runs.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from statistics import median
 
 HERE = Path(__file__).parent
 ENGINES = {"gemma4q": "gemma4q_worker.py", "llamacpp": "llamacpp_worker.py"}
-BUSY = 0.97  # of threads x wall: below, somebody else was on the cores
 COLUMNS = ("when", "machine", "model", "metric", "count", "depth", "threads", "pair", "engine", "version")
 COLUMNS += ("tok_s", "busy", "kept")
 TRIES = 4  # times as many pairs as asked for are started before the machine is called too noisy
@@ -31,7 +30,7 @@ class Worker:
     def __init__(self, engine: str, python: str, given: argparse.Namespace):
         command = [python, str(HERE / ENGINES[engine]), str(given.model), "--threads", str(given.threads)]
         command += ["--longest", str(given.depth + given.prompt + given.decode + 64), "--prompt", str(given.prompt)]
-        self.engine, self.threads = engine, given.threads
+        self.engine, self.threads, self.busy = engine, given.threads, given.busy
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parent
         )
@@ -47,7 +46,7 @@ class Worker:
         print(json.dumps({"metric": metric, "count": count, "depth": depth}), file=self.process.stdin, flush=True)
         run = self.answer()
         busy = run["cpu_seconds"] / (self.threads * run["seconds"])
-        return {"engine": self.engine, "rate": count / run["seconds"], "busy": busy, "kept": busy >= BUSY}
+        return {"engine": self.engine, "rate": count / run["seconds"], "busy": busy, "kept": busy >= self.busy}
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -82,20 +81,19 @@ def report(metric: str, count: int, tried: list[list[dict]]) -> None:
         print(f"  A / B     {median(ratios):9.3f} median of pairs   min {min(ratios):.3f}  max {max(ratios):.3f}")
 
 
-def append(path: Path, given: argparse.Namespace, workers: list[Worker], results: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
+def append(given: argparse.Namespace, workers: list[Worker], metric: str, count: int, tried: list[list[dict]]) -> None:
+    given.csv.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not given.csv.exists()
+    when, versions = datetime.now().isoformat(timespec="seconds"), {w.engine: w.about["version"] for w in workers}
+    common = [when, platform.node(), given.model.name, metric, count, given.depth, given.threads]
+    with given.csv.open("a", newline="") as file:
         out = csv.writer(file)
         if fresh:
             out.writerow(COLUMNS)
-        when, versions = datetime.now().isoformat(timespec="seconds"), {w.engine: w.about["version"] for w in workers}
-        for (metric, count), tried in results.items():
-            common = [when, platform.node(), given.model.name, metric, count, given.depth, given.threads]
-            for number, pair in enumerate(tried):
-                for run in pair:
-                    row = [number, run["engine"], versions[run["engine"]], f"{run['rate']:.3f}", f"{run['busy']:.3f}"]
-                    out.writerow(common + row + [int(clean(pair))])
+        for number, pair in enumerate(tried):
+            for run in pair:
+                row = [number, run["engine"], versions[run["engine"]], f"{run['rate']:.3f}", f"{run['busy']:.3f}"]
+                out.writerow(common + row + [int(clean(pair))])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -106,6 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("-d", "--depth", type=int, default=0, help="tokens already in the cache")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-r", "--runs", type=int, default=9, help="clean pairs")
+    parser.add_argument("--busy", type=float, default=0.97, help="least CPU time of a run, by threads x wall")
     parser.add_argument("--a", choices=ENGINES, default="gemma4q")
     parser.add_argument("--b", choices=[*ENGINES, "none"], default="llamacpp")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has llama-cpp-python")
@@ -119,16 +118,14 @@ def main() -> None:
     workers = [Worker(engine, pythons[engine], given) for engine in (given.a, given.b) if engine != "none"]
     for worker in workers:
         print(json.dumps(worker.about, indent=2))
-    metrics = [("prompt", given.prompt), ("decode", given.decode)]
-    results = {}
-    for metric, count in metrics:
+    for metric, count in (("prompt", given.prompt), ("decode", given.decode)):
         if count:
-            results[metric, count] = pairs(workers, metric, count, given)
-            report(metric, count, results[metric, count])
+            tried = pairs(workers, metric, count, given)
+            report(metric, count, tried)
+            if given.csv:
+                append(given, workers, metric, count, tried)
     for worker in workers:
         worker.close()
-    if given.csv:
-        append(given.csv, given, workers, results)
 
 
 if __name__ == "__main__":
