@@ -81,6 +81,35 @@ static INLINE const uint8_t *K(sixteen)(const uint8_t *w, int64_t *stride, int r
 
 typedef struct { int bytes, m, qh, qs; const uint8_t *table; } K(block_layout);      /* offsets, -1: none */
 
+/* A step of 18-byte blocks, scale and nibbles, is 36 whole dwords: all of it is turned, scales too. In every other block
+ * the nibbles begin in the middle of a dword. */
+static INLINE void K(unpack_nine)(const uint8_t *b, int64_t stride, panel p, int64_t k, const uint8_t *table,
+                                  const uint8_t *next) {
+    _Alignas(64) uint8_t lines[36][64];
+    const K(dwords) *line = (const K(dwords) *)lines[0];
+    for (int i = 0; i < 9; i++) {
+        K(prefetch_share)(next + i * 16 * LANES, 16);
+        K(transpose_quad)(b + 16 * i, stride, lines[4 * i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < STEP / 32; i++) {
+        const int odd = i % 2, at = 9 * (i / 2) + (odd ? 4 : 0);
+        *(K(floats) *)(p.scale + (k / 32 + i) * LANES) = K(halves)(line[at] >> 16 * odd);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const int64_t column = k + 32 * i + 4 * j;
+            K(dwords) packed = line[at + 1 + j];
+            if (!odd) packed = line[at + j] >> 16 | packed << 16;
+            K(put_line)(p, column, packed & NIBBLES);
+            K(put_line)(p, column + 16, packed >> 4 & NIBBLES);
+            if (table) {
+                K(lookup)(table, p.q + column * LANES);
+                K(lookup)(table, p.q + (column + 16) * LANES);
+            }
+        }
+    }
+}
+
 static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, int64_t row_stride, int rows, int64_t cols,
                                     panel p, const uint8_t *next) {
     _Alignas(64) uint8_t spare[LANES * SPARE];
@@ -92,6 +121,10 @@ static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, i
         const int64_t at = k / 32 * f.bytes;
         int64_t stride = row_stride;
         const uint8_t *base = K(sixteen)(w + at, &stride, rows, blocks * f.bytes, spare);
+        if (f.bytes == sizeof(block_q4_0) && blocks == STEP / 32) {
+            K(unpack_nine)(base, stride, p, k, f.table, next + at * LANES);
+            continue;
+        }
         for (int r = 0; r < LANES; r++) {
             const uint8_t *b = base + r * stride;
 #pragma GCC unroll 8

@@ -92,7 +92,7 @@ def _cache_bytes(tensor: TensorData, limits: Limits) -> int:
 
 def anonymous(count: int) -> np.ndarray:
     """`count` zero bytes of memory of our own, all of it touched, in huge pages where the system has them."""
-    block = mmap.mmap(-1, max(count, 1))
+    block = mmap.mmap(-1, max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(block, np.uint8)

@@ -115,6 +115,10 @@ class ReferenceSession:
                 if self.cancelled:
                     self.result["status"] = Status.CANCELLED
                     break
+                if not self.count[op.space]:
+                    if op.out is not None:
+                        self.buffers[op.out] = np.zeros((0, op.out.width), np.float32)
+                    continue
                 inputs = [self.buffers[b] for b in op.inputs]
                 out = getattr(self, op.code.name.lower())(op, *inputs, *map(self.weight, self._matrices(op)))
                 if op.out is not None:
