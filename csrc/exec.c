@@ -19,6 +19,7 @@ struct session {
     _Atomic int32_t    *taken;      /* [threads][ops]: chunks taken of each thread's own run of them */
     int32_t            *chunks;     /* [ops] of this run; -1: known only when the op starts */
     uint8_t            *barrier;    /* [ops] before which all threads meet */
+    int32_t            *matmul;     /* [ops]: the next matmul from here on, -1: none */
     const int32_t      *cancel;
     context             step;
     _Atomic int32_t     stopped;
@@ -99,6 +100,17 @@ static void take_chunks(session *s, int32_t number, int32_t chunks, kernel run, 
     }
 }
 
+/* Where this thread's part of a matmul's weights begins, and how much of it is worth fetching ahead. */
+static int64_t coming(const session *s, const context *c, int32_t number, int32_t thread, const uint8_t **ahead) {
+    if (number < 0 || number >= s->end) return 0;
+    const weight *w = &c->weights[s->ops[number].weight[0]];
+    const int64_t share = matmul_share(w, rows_of(&s->ops[number], c), c->threads), chunks = (w->rows + share - 1) / share;
+    const int64_t first = chunks * thread / c->threads * share, end = chunks * (thread + 1) / c->threads * share;
+    const int64_t each = row_bytes(w->type, w->cols), bytes = ((end < w->rows ? end : w->rows) - first) * each;
+    *ahead = (const uint8_t *)(uintptr_t)w->data + first * each;
+    return bytes < AHEAD_BYTES ? bytes : AHEAD_BYTES;
+}
+
 /* Thread 0 alone runs ops of one chunk, so a row of them needs no barrier in between. */
 static void share(void *arg, int32_t thread, int32_t threads) {
     session *s = arg;
@@ -110,7 +122,9 @@ static void share(void *arg, int32_t thread, int32_t threads) {
         const op *o = &s->ops[i];
         if (s->barrier[i]) {
             if (thread == 0 && s->cancel && *(volatile const int32_t *)s->cancel) atomic_store(&s->stopped, 1);
-            pool_barrier(s->threads);
+            const uint8_t *ahead = NULL;
+            const int64_t bytes = coming(s, &c, s->matmul[i], thread, &ahead);
+            pool_barrier(s->threads, ahead, bytes);
             if (atomic_load_explicit(&s->stopped, memory_order_relaxed)) return;
         }
         const int32_t chunks = s->chunks[i] == LATER ? chunk_count(o, &c) : s->chunks[i];
@@ -210,14 +224,17 @@ session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, c
     s->taken = calloc((size_t)count * (size_t)(threads ? pool_threads(threads) : 1), sizeof *s->taken);
     s->chunks = calloc((size_t)count, sizeof *s->chunks);
     s->barrier = calloc((size_t)count, 1);
+    s->matmul = calloc((size_t)count + 1, sizeof *s->matmul);
     s->count = count;
     s->weight_count = weight_count;
     s->arena = arena;
     s->scratch = scratch;
-    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->taken || !s->chunks || !s->barrier) {
+    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->taken || !s->chunks || !s->barrier || !s->matmul) {
         session_free(s);
         return NULL;
     }
+    s->matmul[count] = -1;
+    for (int32_t i = count; i--;) s->matmul[i] = ops[i].code == OP_MATMUL ? i : s->matmul[i + 1];
     s->step = (context){.buffers = s->buffers, .weights = s->weights, .kv = s->kv, .arena = arena};
     return s;
 }
@@ -230,6 +247,7 @@ void session_free(session *s) {
     free(s->taken);
     free(s->chunks);
     free(s->barrier);
+    free(s->matmul);
     free(s);
 }
 int64_t scratch_bytes(int32_t threads) { return (int64_t)threads * THREAD_BYTES; }

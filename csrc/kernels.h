@@ -19,6 +19,7 @@ enum {
     SHARE_ROWS = 1024,
     SHARE_BYTES = 1 << 16,
     TILE_ELEMENTS = 8192,   /* of a share of an elementwise op */
+    AHEAD_BYTES = 1 << 17,  /* fetched into the second cache while waiting */
     ATTEND_BLOCK = 512,     /* positions in one softmax block; blocks start at multiples of it */
     ATTEND_ROWS = 8,        /* query rows (heads, tokens) that share each key */
     THREAD_BYTES = 1 << 20, /* scratch of one thread */
@@ -132,6 +133,6 @@ const uint8_t *row_cache_row(const row_cache *, int32_t row);
 typedef void (*job)(void *arg, int32_t thread, int32_t threads);
 int32_t pool_threads(const pool *);
 void pool_run(pool *, job, void *arg);
-void pool_barrier(pool *);
+void pool_barrier(pool *, const uint8_t *ahead, int64_t bytes);
 
 const kernel_table *kernels_of(int32_t isa);

@@ -103,13 +103,16 @@ void pool_run(pool *p, job work, void *arg) {
         await_change(&p->finished, done);
     pthread_mutex_unlock(&p->busy);
 }
-void pool_barrier(pool *p) {
+/* Who comes early fetches what it will read next: `bytes` from `ahead` on. */
+void pool_barrier(pool *p, const uint8_t *ahead, int64_t bytes) {
     if (p->threads == 1) return;
     const uint32_t phase = atomic_load_explicit(&p->phase, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == (uint32_t)p->threads - 1) {
         atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
         atomic_fetch_add_explicit(&p->phase, 1, memory_order_release);
     } else {
+        for (int64_t n = 0; n < bytes && atomic_load_explicit(&p->phase, memory_order_acquire) == phase; n += 64)
+            __builtin_prefetch(ahead + n, 0, 2);
         await_change(&p->phase, phase);
     }
 }
