@@ -91,13 +91,14 @@ TILES(floats, FLOAT_TILE)
 typedef struct {
     void (*unpack)(const uint8_t *, int64_t, int, int64_t, panel, const uint8_t *);
     void (*tiles)(panel, const void *const *, float *const *, int64_t, int64_t, int64_t);
+    void (*one)(const uint8_t *, int64_t, int, int64_t, const block_a8 *, float *, const uint8_t *);    /* NULL: none */
 } K(matmul_kernel);
 
 static const K(matmul_kernel) K(matmul_kernels)[TYPE_COUNT] = {
-    [TYPE_F32] = {K(unpack_f32), K(tiles_floats)},
-    [TYPE_F16] = {K(unpack_f16), K(tiles_floats)},
-    [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats)},
-#define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name)},
+    [TYPE_F32] = {K(unpack_f32), K(tiles_floats), NULL},
+    [TYPE_F16] = {K(unpack_f16), K(tiles_floats), NULL},
+    [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats), NULL},
+#define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name), K(one_##name)},
 #include "../quants.def"
 #undef QUANT
 };
@@ -108,6 +109,15 @@ static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, cons
     const K(matmul_kernel) kernel = K(matmul_kernels)[w->type];
     const int64_t stride = row_bytes(w->type, w->cols), most = K(stretch_cols)(w->type, tokens);
     const uint8_t *base = (const uint8_t *)(uintptr_t)w->data + first * stride;
+    if (tokens == 1 && kernel.one) {
+        for (int64_t r = 0; r < rows; r += LANES) {
+            const int valid = rows - r < LANES ? (int)(rows - r) : LANES;
+            float last[LANES], *to = valid == LANES ? y[0] + r : last;
+            kernel.one(base + r * stride, stride, valid, w->cols, x[0], to, base + (r + LANES) * stride);
+            if (valid < LANES) __builtin_memcpy(y[0] + r, last, (size_t)valid * sizeof(float));
+        }
+        return;
+    }
     const int together = tokens > LANES ? STRETCH_ROWS / LANES : 1;
     float *groups = (float *)(scratch + PANELS * PANEL_BYTES);
     float *spare = groups + 2 * PANELS * GROUP_FLOATS;

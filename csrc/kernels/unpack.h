@@ -39,33 +39,36 @@ static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *li
     for (int j = 0; j < count; j += 4) K(transpose_quad)(rows + 4 * j, stride, lines + 64 * j);
 }
 
-/* A line as sixteen dwords: the compiler's own vectors, as wide as the instruction set has them. */
-typedef uint32_t K(dwords) __attribute__((vector_size(64), aligned(64), may_alias));
-
-typedef int32_t K(signed_dwords) __attribute__((vector_size(64), aligned(64), may_alias));
-typedef float K(floats) __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t K(words) __attribute__((vector_size(32), aligned(32), may_alias));
-
-static INLINE K(floats) K(number)(K(dwords) x) { return __builtin_convertvector((K(signed_dwords))x, K(floats)); }
+static INLINE floats K(number)(dwords x) { return __builtin_convertvector((signed_dwords)x, floats); }
 /* The low half of each dword as an f16. */
-static INLINE K(floats) K(halves)(K(dwords) x) {
-    const K(words) low = __builtin_convertvector(x, K(words));
-    K(floats) y;
+static INLINE floats K(halves)(dwords x) {
+    const words low = __builtin_convertvector(x, words);
+    floats y;
     K(store)((float *)&y, K(load_f16)((const f16 *)&low));
     return y;
 }
 
 /* The bits of x from `down` on that `mask` keeps, moved `up` in each byte. */
-static INLINE K(dwords) K(bits)(const uint8_t *x, int down, uint32_t mask, int up) {
-    const K(dwords) all = *(const K(dwords) *)x;
+static INLINE dwords K(bits)(const uint8_t *x, int down, uint32_t mask, int up) {
+    const dwords all = *(const dwords *)x;
     return (up > down ? all << (up - down) : all >> (down - up)) & mask << up;
 }
 /* Four bits of each lane from bit `at` on become 16 in its four bytes. */
-static INLINE K(dwords) K(fifth)(const uint32_t *bits, int at) {
-    const K(dwords) four = *(const K(dwords) *)bits >> at & 15;
+static INLINE dwords K(fifth)(const uint32_t *bits, int at) {
+    const dwords four = *(const dwords *)bits >> at & 15;
     return ((four | four << 7 | four << 14 | four << 21) & 0x01010101) << 4;
 }
-static INLINE void K(put_line)(panel p, int64_t k, K(dwords) x) { *(K(dwords) *)(p.q + k * LANES) = x; }
+/* Where lines go: into a panel; or, where one token is all there is, straight into its sums, one a group. */
+typedef struct {
+    panel           p;          /* of this step: columns count from its first */
+    const block_a8 *x;          /* NULL: the panel */
+    vi             *sum;
+    int             group, most;
+} K(sink);
+static INLINE void K(emit)(const K(sink) *s, int column, dwords line) {
+    if (!s->x) *(dwords *)(s->p.q + column * LANES) = line;
+    else s->sum[column / s->group] = K(dot_line)(s->sum[column / s->group], line, s->x[column / 32].qs + column % 32, s->most);
+}
 
 enum { NIBBLES = 0x0f0f0f0f, PAIRS = 0x03030303, ONES = 0x01010101 };
 
@@ -83,10 +86,9 @@ typedef struct { int bytes, m, qh, qs; const uint8_t *table; } K(block_layout); 
 
 /* A step of 18-byte blocks, scale and nibbles, is 36 whole dwords: all of it is turned, scales too. In every other block
  * the nibbles begin in the middle of a dword. */
-static INLINE void K(unpack_nine)(const uint8_t *b, int64_t stride, panel p, int64_t k, const uint8_t *table,
-                                  const uint8_t *next) {
+static INLINE void K(step_of_nine)(const uint8_t *b, int64_t stride, const K(sink) *s, const uint8_t *table, const uint8_t *next) {
     _Alignas(64) uint8_t lines[36][64];
-    const K(dwords) *line = (const K(dwords) *)lines[0];
+    const dwords *line = (const dwords *)lines[0];
     for (int i = 0; i < 9; i++) {
         K(prefetch_share)(next + i * 16 * LANES, 16);
         K(transpose_quad)(b + 16 * i, stride, lines[4 * i]);
@@ -94,89 +96,80 @@ static INLINE void K(unpack_nine)(const uint8_t *b, int64_t stride, panel p, int
 #pragma GCC unroll 8
     for (int i = 0; i < STEP / 32; i++) {
         const int odd = i % 2, at = 9 * (i / 2) + (odd ? 4 : 0);
-        *(K(floats) *)(p.scale + (k / 32 + i) * LANES) = K(halves)(line[at] >> 16 * odd);
+        *(floats *)(s->p.scale + i * LANES) = K(halves)(line[at] >> 16 * odd);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            const int64_t column = k + 32 * i + 4 * j;
-            K(dwords) packed = line[at + 1 + j];
+            dwords packed = line[at + 1 + j];
             if (!odd) packed = line[at + j] >> 16 | packed << 16;
-            K(put_line)(p, column, packed & NIBBLES);
-            K(put_line)(p, column + 16, packed >> 4 & NIBBLES);
-            if (table) {
-                K(lookup)(table, p.q + column * LANES);
-                K(lookup)(table, p.q + (column + 16) * LANES);
-            }
+            const dwords low = packed & NIBBLES, high = packed >> 4 & NIBBLES;
+            K(emit)(s, 32 * i + 4 * j, table ? K(lookup)(table, low) : low);
+            K(emit)(s, 32 * i + 4 * j + 16, table ? K(lookup)(table, high) : high);
         }
     }
 }
 
-static INLINE void K(unpack_blocks)(const K(block_layout) f, const uint8_t *w, int64_t row_stride, int rows, int64_t cols,
-                                    panel p, const uint8_t *next) {
-    _Alignas(64) uint8_t spare[LANES * SPARE];
-    for (int64_t k = 0; k < cols; k += STEP) {
-        _Alignas(64) uint8_t lines[16][64];
-        _Alignas(64) uint16_t d[STEP / 32][LANES], m[STEP / 32][LANES];
-        _Alignas(64) uint32_t fifth[STEP / 32][LANES];
-        const int blocks = cols - k < STEP ? (int)(cols - k) / 32 : STEP / 32;
-        const int64_t at = k / 32 * f.bytes;
-        int64_t stride = row_stride;
-        const uint8_t *base = K(sixteen)(w + at, &stride, rows, blocks * f.bytes, spare);
-        if (f.bytes == sizeof(block_q4_0) && blocks == STEP / 32) {
-            K(unpack_nine)(base, stride, p, k, f.table, next + at * LANES);
-            continue;
-        }
-        for (int r = 0; r < LANES; r++) {
-            const uint8_t *b = base + r * stride;
+static INLINE void K(step_of_blocks)(const K(block_layout) f, const int blocks, const uint8_t *base, int64_t stride,
+                                     const K(sink) *s, const uint8_t *next) {
+    _Alignas(64) uint8_t lines[4][64];
+    _Alignas(64) uint16_t d[STEP / 32][LANES], m[STEP / 32][LANES];
+    _Alignas(64) uint32_t fifth[STEP / 32][LANES];
+    for (int r = 0; r < LANES; r++) {
+        const uint8_t *b = base + r * stride;
 #pragma GCC unroll 8
-            for (int i = 0; i < STEP / 32; i++) {
-                if (i >= blocks) break;
-                __builtin_memcpy(&d[i][r], b + i * f.bytes, 2);
-                if (f.m >= 0) __builtin_memcpy(&m[i][r], b + i * f.bytes + f.m, 2);
-                if (f.qh >= 0) __builtin_memcpy(&fifth[i][r], b + i * f.bytes + f.qh, 4);
-            }
-        }
         for (int i = 0; i < blocks; i++) {
-            float *scale = p.scale + (k / 32 + i) * LANES;
-            if (f.qs > 1) {
-                K(store)(scale, K(load_f16)((const f16 *)d[i]));
-            } else {
-                uint32_t *exponents = (uint32_t *)scale;
-                for (int r = 0; r < LANES; r++) exponents[r] = K(e8m0)(d[i][r] & 255u);
-            }
-            if (f.m >= 0) K(store)(p.minimum + (k / 32 + i) * LANES, K(load_f16)((const f16 *)m[i]));
+            __builtin_memcpy(&d[i][r], b + i * f.bytes, 2);
+            if (f.m >= 0) __builtin_memcpy(&m[i][r], b + i * f.bytes + f.m, 2);
+            if (f.qh >= 0) __builtin_memcpy(&fifth[i][r], b + i * f.bytes + f.qh, 4);
         }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < blocks; i++) {
+        float *scale = s->p.scale + i * LANES;
+        if (f.qs > 1) {
+            K(store)(scale, K(load_f16)((const f16 *)d[i]));
+        } else {
+            uint32_t *exponents = (uint32_t *)scale;
+            for (int r = 0; r < LANES; r++) exponents[r] = K(e8m0)(d[i][r] & 255u);
+        }
+        if (f.m >= 0) K(store)(s->p.minimum + i * LANES, K(load_f16)((const f16 *)m[i]));
+        K(prefetch_share)(next + i * f.bytes * LANES, f.bytes);
         if (f.bytes == sizeof(block_q8_0)) {
-            for (int i = 0; i < 2 * blocks; i++) {
-                K(prefetch_share)(next + (at + i * f.bytes / 2) * LANES, f.bytes / 2);
-                K(transpose_quad)(base + i / 2 * f.bytes + f.qs + i % 2 * 16, stride, lines[0]);
-                for (int j = 0; j < 4; j++) K(put_line)(p, k + 16 * i + 4 * j, *(K(dwords) *)lines[j] ^ 0x80808080);
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                K(transpose_quad)(base + i * f.bytes + f.qs + 16 * h, stride, lines[0]);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) K(emit)(s, 32 * i + 16 * h + 4 * j, *(dwords *)lines[j] ^ 0x80808080);
             }
             continue;
         }
-        for (int i = 0; i < blocks; i++) {
-            K(prefetch_share)(next + (at + i * f.bytes) * LANES, f.bytes);
-            K(transpose_quad)(base + i * f.bytes + f.qs, stride, lines[0]);
-            for (int j = 0; j < 4; j++) {
-                const int64_t column = k + 32 * i + 4 * j;
-                K(dwords) low = K(bits)(lines[j], 0, NIBBLES, 0), high = K(bits)(lines[j], 4, NIBBLES, 0);
-                if (f.qh >= 0) {
-                    low |= K(fifth)(fifth[i], 4 * j);
-                    high |= K(fifth)(fifth[i], 4 * j + 16);
-                }
-                K(put_line)(p, column, low);
-                K(put_line)(p, column + 16, high);
-                if (f.table) {
-                    K(lookup)(f.table, p.q + column * LANES);
-                    K(lookup)(f.table, p.q + (column + 16) * LANES);
-                }
+        K(transpose_quad)(base + i * f.bytes + f.qs, stride, lines[0]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            dwords low = K(bits)(lines[j], 0, NIBBLES, 0), high = K(bits)(lines[j], 4, NIBBLES, 0);
+            if (f.qh >= 0) {
+                low |= K(fifth)(fifth[i], 4 * j);
+                high |= K(fifth)(fifth[i], 4 * j + 16);
             }
+            K(emit)(s, 32 * i + 4 * j, f.table ? K(lookup)(f.table, low) : low);
+            K(emit)(s, 32 * i + 4 * j + 16, f.table ? K(lookup)(f.table, high) : high);
         }
     }
 }
+/* One step: up to eight blocks of each row from b on. */
+static INLINE void K(blocks_step)(const K(block_layout) f, const uint8_t *b, int64_t stride, int rows, int64_t cols,
+                                  const K(sink) *s, const uint8_t *next) {
+    _Alignas(64) uint8_t spare[LANES * SPARE];
+    const int blocks = cols < STEP ? (int)cols / 32 : STEP / 32;
+    b = K(sixteen)(b, &stride, rows, blocks * f.bytes, spare);
+    if (blocks < STEP / 32) K(step_of_blocks)(f, blocks, b, stride, s, next);
+    else if (f.bytes == sizeof(block_q4_0)) K(step_of_nine)(b, stride, s, f.table, next);
+    else K(step_of_blocks)(f, STEP / 32, b, stride, s, next);
+}
 #define BLOCKS(name, m, qh, qs, table)                                                                                 \
-    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+    static INLINE void K(step_##name)(const uint8_t *b, int64_t stride, int rows, int64_t cols, const K(sink) *s,      \
+                                      const uint8_t *next) {                                                           \
         const K(block_layout) f = {sizeof(block_##name), m, qh, qs, table};                                            \
-        K(unpack_blocks)(f, w, stride, rows, cols, p, next);                                                           \
+        K(blocks_step)(f, b, stride, rows, cols, s, next);                                                             \
     }
 BLOCKS(q4_0, -1, -1, 2, NULL)
 BLOCKS(q4_1, 2, -1, 4, NULL)
@@ -189,93 +182,103 @@ BLOCKS(mxfp4, -1, -1, 1, K(fp4_table))
 
 /* -- Super-blocks of 256 ------------------------------------------------------------------------------------------------- */
 
-static INLINE void K(q_q4_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+static INLINE void K(q_q4_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
     _Alignas(64) uint8_t lines[16][64];
+#pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         K(transpose)(b + offsetof(block_q4_k, qs) + 64 * h, stride, lines[0], 16);
+#pragma GCC unroll 16
         for (int j = 0; j < 16; j++) {
-            const int64_t column = k + 128 * h + 64 * (j / 8) + 4 * (j % 8);
-            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0));
-            K(put_line)(p, column + 32, K(bits)(lines[j], 4, NIBBLES, 0));
+            const int column = 128 * h + 64 * (j / 8) + 4 * (j % 8);
+            K(emit)(s, column, K(bits)(lines[j], 0, NIBBLES, 0));
+            K(emit)(s, column + 32, K(bits)(lines[j], 4, NIBBLES, 0));
         }
     }
 }
-static INLINE void K(q_q5_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+static INLINE void K(q_q5_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
     _Alignas(64) uint8_t lines[16][64], high[8][64];
     K(transpose)(b + offsetof(block_q5_k, qh), stride, high[0], 8);
+#pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         K(transpose)(b + offsetof(block_q5_k, qs) + 64 * h, stride, lines[0], 16);
+#pragma GCC unroll 16
         for (int j = 0; j < 16; j++) {
             const int piece = 2 * (2 * h + j / 8);
-            const int64_t column = k + 32 * piece + 4 * (j % 8);
-            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(high[j % 8], piece, ONES, 4));
-            K(put_line)(p, column + 32, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(high[j % 8], piece + 1, ONES, 4));
+            const int column = 32 * piece + 4 * (j % 8);
+            K(emit)(s, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(high[j % 8], piece, ONES, 4));
+            K(emit)(s, column + 32, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(high[j % 8], piece + 1, ONES, 4));
         }
     }
 }
-static INLINE void K(q_q6_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+static INLINE void K(q_q6_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
     _Alignas(64) uint8_t lines[16][64], high[16][64];
     K(transpose)(b + offsetof(block_q6_k, qh), stride, high[0], 16);
+#pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         K(transpose)(b + offsetof(block_q6_k, ql) + 64 * h, stride, lines[0], 16);
+#pragma GCC unroll 16
         for (int j = 0; j < 16; j++) {
-            const int64_t column = k + 128 * h + 4 * j;
+            const int column = 128 * h + 4 * j;
             const uint8_t *two = high[8 * h + j % 8];
-            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(two, 2 * (j / 8), PAIRS, 4));
-            K(put_line)(p, column + 64, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(two, 4 + 2 * (j / 8), PAIRS, 4));
+            K(emit)(s, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(two, 2 * (j / 8), PAIRS, 4));
+            K(emit)(s, column + 64, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(two, 4 + 2 * (j / 8), PAIRS, 4));
         }
     }
 }
-static INLINE void K(q_iq4_xs)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+static INLINE void K(q_iq4_xs)(const uint8_t *b, int64_t stride, const K(sink) *s) {
     _Alignas(64) uint8_t lines[16][64];
+#pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         K(transpose)(b + offsetof(block_iq4_xs, qs) + 64 * h, stride, lines[0], 16);
+#pragma GCC unroll 16
         for (int j = 0; j < 16; j++) {
-            const int64_t column = k + 128 * h + 32 * (j / 4) + 4 * (j % 4);
-            K(put_line)(p, column, K(bits)(lines[j], 0, NIBBLES, 0));
-            K(put_line)(p, column + 16, K(bits)(lines[j], 4, NIBBLES, 0));
-            K(lookup)(K(iq4_table), p.q + column * LANES);
-            K(lookup)(K(iq4_table), p.q + (column + 16) * LANES);
+            const int column = 128 * h + 32 * (j / 4) + 4 * (j % 4);
+            K(emit)(s, column, K(lookup)(K(iq4_table), K(bits)(lines[j], 0, NIBBLES, 0)));
+            K(emit)(s, column + 16, K(lookup)(K(iq4_table), K(bits)(lines[j], 4, NIBBLES, 0)));
         }
     }
 }
-static INLINE void K(q_q2_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+static INLINE void K(q_q2_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
     _Alignas(64) uint8_t lines[16][64];
     K(transpose)(b + offsetof(block_q2_k, qs), stride, lines[0], 16);
+#pragma GCC unroll 16
     for (int j = 0; j < 16; j++)
+#pragma GCC unroll 4
         for (int g = 0; g < 4; g++)
-            K(put_line)(p, k + 128 * (j / 8) + 32 * g + 4 * (j % 8), K(bits)(lines[j], 2 * g, PAIRS, 0));
+            K(emit)(s, 128 * (j / 8) + 32 * g + 4 * (j % 8), K(bits)(lines[j], 2 * g, PAIRS, 0));
 }
-static INLINE void K(q_q3_k)(const uint8_t *b, int64_t stride, panel p, int64_t k) {
+static INLINE void K(q_q3_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
     _Alignas(64) uint8_t lines[16][64], high[8][64];
     K(transpose)(b + offsetof(block_q3_k, hmask), stride, high[0], 8);
     K(transpose)(b + offsetof(block_q3_k, qs), stride, lines[0], 16);
+#pragma GCC unroll 16
     for (int j = 0; j < 16; j++)
+#pragma GCC unroll 4
         for (int g = 0; g < 4; g++)
-            K(put_line)(p, k + 128 * (j / 8) + 32 * g + 4 * (j % 8),
+            K(emit)(s, 128 * (j / 8) + 32 * g + 4 * (j % 8),
                         K(bits)(lines[j], 2 * g, PAIRS, 0) | K(bits)(high[j % 8], 4 * (j / 8) + g, ONES, 2));
 }
 
 /* Eight 6-bit scales and minima and their f16 factors, the first 16 bytes of a block. */
-static INLINE void K(scales_by_lane_k)(const uint8_t *b, int64_t stride, panel p, int64_t group) {
+static INLINE void K(scales_by_lane_k)(const uint8_t *b, int64_t stride, panel p) {
     _Alignas(64) uint8_t lines[4][64];
     K(transpose_quad)(b, stride, lines[0]);
-    const K(dwords) first = *(K(dwords) *)lines[1], second = *(K(dwords) *)lines[2], third = *(K(dwords) *)lines[3];
-    const K(dwords) scales[2] = {first & 0x3f3f3f3f, (third & NIBBLES) | (first >> 2 & 0x30303030)};
-    const K(dwords) minima[2] = {second & 0x3f3f3f3f, (third >> 4 & NIBBLES) | (second >> 2 & 0x30303030)};
-    const K(floats) d = K(halves)(*(K(dwords) *)lines[0]), dmin = -K(halves)(*(K(dwords) *)lines[0] >> 16);
+    const dwords first = *(dwords *)lines[1], second = *(dwords *)lines[2], third = *(dwords *)lines[3];
+    const dwords scales[2] = {first & 0x3f3f3f3f, (third & NIBBLES) | (first >> 2 & 0x30303030)};
+    const dwords minima[2] = {second & 0x3f3f3f3f, (third >> 4 & NIBBLES) | (second >> 2 & 0x30303030)};
+    const floats d = K(halves)(*(dwords *)lines[0]), dmin = -K(halves)(*(dwords *)lines[0] >> 16);
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
         const int at = g % 4 * 8;
-        *(K(floats) *)(p.scale + (group + g) * LANES) = d * K(number)(scales[g / 4] >> at & 255);
-        *(K(floats) *)(p.minimum + (group + g) * LANES) = dmin * K(number)(minima[g / 4] >> at & 255);
+        *(floats *)(p.scale + g * LANES) = d * K(number)(scales[g / 4] >> at & 255);
+        *(floats *)(p.minimum + g * LANES) = dmin * K(number)(minima[g / 4] >> at & 255);
     }
 }
-#define BY_LANE_q4_k(b, stride, p, k) K(scales_by_lane_k)(b, stride, p, (k) / 32)
-#define BY_LANE_q5_k(b, stride, p, k) K(scales_by_lane_k)(b, stride, p, (k) / 32)
+#define BY_LANE_q4_k K(scales_by_lane_k)
+#define BY_LANE_q5_k K(scales_by_lane_k)
 
 /* Sixteen signed bytes and one f16 factor. */
-static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, panel p, int64_t group) {
+static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, panel p) {
     _Alignas(64) uint8_t lines[4][64];
     _Alignas(64) uint32_t factors[LANES];
     K(transpose_quad)(b + offsetof(block_q6_k, scales), stride, lines[0]);
@@ -284,40 +287,42 @@ static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, pane
         __builtin_memcpy(&d, b + r * stride + offsetof(block_q6_k, d), 2);
         factors[r] = d;
     }
-    const K(floats) d = K(halves)(*(K(dwords) *)factors);
+    const floats d = K(halves)(*(dwords *)factors);
 #pragma GCC unroll 16
     for (int g = 0; g < 16; g++) {
-        const K(signed_dwords) x = (K(signed_dwords))(*(K(dwords) *)lines[g / 4] << (24 - g % 4 * 8)) >> 24;
-        *(K(floats) *)(p.scale + (group + g) * LANES) = d * __builtin_convertvector(x, K(floats));
+        const signed_dwords x = (signed_dwords)(*(dwords *)lines[g / 4] << (24 - g % 4 * 8)) >> 24;
+        *(floats *)(p.scale + g * LANES) = d * __builtin_convertvector(x, floats);
     }
 }
-#define BY_LANE_q6_k(b, stride, p, k) K(scales_by_lane_q6_k)(b, stride, p, (k) / 16)
+#define BY_LANE_q6_k K(scales_by_lane_q6_k)
 
 /* The rarer formats decode their scales row by row. */
-#define BY_ROW(name, group, minima, b, stride, p, k)                                                                    \
-    do {                                                                                                               \
+#define BY_ROW(name, group, minima)                                                                                    \
+    static INLINE void K(scales_by_row_##name)(const uint8_t *b, int64_t stride, panel p) {                            \
         _Alignas(64) float scale[LANES][16], minimum[LANES][16];                                                       \
-        for (int r = 0; r < LANES; r++) K(scales_##name)((const block_##name *)((b) + r * (stride)), scale[r], minimum[r]); \
-        K(transpose)((uint8_t *)scale, 64, (uint8_t *)((p).scale + (k) / (group) * LANES), STEP / (group));            \
-        if (minima) K(transpose)((uint8_t *)minimum, 64, (uint8_t *)((p).minimum + (k) / (group) * LANES), STEP / (group)); \
-    } while (0)
-#define BY_LANE_q2_k(b, stride, p, k) BY_ROW(q2_k, 16, 1, b, stride, p, k)
-#define BY_LANE_q3_k(b, stride, p, k) BY_ROW(q3_k, 16, 0, b, stride, p, k)
-#define BY_LANE_iq4_xs(b, stride, p, k) BY_ROW(iq4_xs, 32, 0, b, stride, p, k)
+        for (int r = 0; r < LANES; r++) K(scales_##name)((const block_##name *)(b + r * stride), scale[r], minimum[r]); \
+        K(transpose)((uint8_t *)scale, 64, (uint8_t *)p.scale, STEP / (group));                                        \
+        if (minima) K(transpose)((uint8_t *)minimum, 64, (uint8_t *)p.minimum, STEP / (group));                        \
+    }
+BY_ROW(q2_k, 16, 1)
+BY_ROW(q3_k, 16, 0)
+BY_ROW(iq4_xs, 32, 0)
+#undef BY_ROW
+#define BY_LANE_q2_k K(scales_by_row_q2_k)
+#define BY_LANE_q3_k K(scales_by_row_q3_k)
+#define BY_LANE_iq4_xs K(scales_by_row_iq4_xs)
 
 #define SUPER(name)                                                                                                    \
-    static void K(unpack_##name)(const uint8_t *w, int64_t row_stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+    static INLINE void K(step_##name)(const uint8_t *b, int64_t stride, int rows, int64_t cols, const K(sink) *s,      \
+                                      const uint8_t *next) {                                                           \
         enum { BYTES = sizeof(block_##name) };                                                                         \
         _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
-        for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
-            const int64_t at = k / STEP * BYTES;                                                                       \
-            int64_t stride = row_stride;                                                                               \
-            const uint8_t *b = K(sixteen)(w + at, &stride, rows, BYTES, spare);                                     \
-            K(prefetch_share)(next + at * LANES, BYTES / 2);                                                           \
-            BY_LANE_##name(b, stride, p, k);                                                                           \
-            K(prefetch_share)(next + at * LANES + BYTES * LANES / 2, BYTES / 2);                                       \
-            K(q_##name)(b, stride, p, k);                                                                              \
-        }                                                                                                              \
+        (void)cols;                                                                                                    \
+        b = K(sixteen)(b, &stride, rows, BYTES, spare);                                                                \
+        K(prefetch_share)(next, BYTES / 2);                                                                            \
+        BY_LANE_##name(b, stride, s->p);                                                                               \
+        K(prefetch_share)(next + BYTES * LANES / 2, BYTES / 2);                                                        \
+        K(q_##name)(b, stride, s);                                                                                     \
     }
 SUPER(q2_k)
 SUPER(q3_k)
@@ -326,6 +331,45 @@ SUPER(q5_k)
 SUPER(q6_k)
 SUPER(iq4_xs)
 #undef SUPER
+
+/* -- Steps put together: a panel of many columns, or the results of one token ------------------------------------------- */
+
+#define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
+    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+        for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
+            const int64_t at = k / (values) * (int64_t)sizeof(block_##name), g = k / (group) * LANES;                  \
+            const K(sink) s = {{p.q + k * LANES, p.scale + g, p.minimum + g}, NULL, NULL, group, most};                \
+            K(step_##name)(w + at, stride, rows, cols - k, &s, next + at * LANES);                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void K(one_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, const block_a8 *x, float *y,   \
+                              const uint8_t *next) {                                                                   \
+        _Alignas(64) float scale[STEP / (group)][LANES], minimum[STEP / (group)][LANES];                               \
+        vf total = K(zero)();                                                                                          \
+        for (int64_t k = 0; k < cols; k += STEP, x += STEP / 32) {                                                     \
+            const int64_t at = k / (values) * (int64_t)sizeof(block_##name);                                           \
+            const int groups = (int)((values) < STEP && cols - k < STEP ? cols - k : STEP) / (group);                  \
+            vi sum[STEP / (group)];                                                                                    \
+            _Pragma("GCC unroll 16") for (int g = 0; g < STEP / (group); g++) {                                        \
+                const block_a8 *a = x + (g < groups ? g * (group) / 32 : 0);                                           \
+                const int32_t half = g % 2 ? a->minus_sum - a->minus_half : a->minus_half;                             \
+                sum[g] = K(start)(bias, most, (group) == 32 ? a->minus_sum : half);                                    \
+            }                                                                                                          \
+            const K(sink) s = {{NULL, scale[0], minimum[0]}, x, sum, group, most};                                     \
+            K(step_##name)(w + at, stride, rows, cols - k, &s, next + at * LANES);                                     \
+            _Pragma("GCC unroll 16") for (int g = 0; g < STEP / (group); g++) {                                        \
+                if (g >= groups) break;                                                                                \
+                const block_a8 *a = x + g * (group) / 32;                                                              \
+                total = K(fma)(K(to_float)(sum[g]), K(mul)(K(load)(scale[g]), K(set1)(a->d)), total);                  \
+                if (!(minima)) continue;                                                                               \
+                const int32_t half = g % 2 ? a->minus_sum - a->minus_half : a->minus_half;                             \
+                total = K(fma)(K(load)(minimum[g]), K(set1)((group) == 32 ? a->dsum : a->d * (float)-half), total);    \
+            }                                                                                                          \
+        }                                                                                                              \
+        K(store)(y, total);                                                                                            \
+    }
+#include "../quants.def"
+#undef QUANT
 
 /* -- Floats ----------------------------------------------------------------------------------------------------------------- */
 

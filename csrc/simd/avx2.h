@@ -59,13 +59,30 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return (vi){K(dot8)(w, x, dwords, most, start), K(dot8)(w + 32, x, dwords, most, start)};
 }
 
+/* The same a line at a time: where the sum starts, and one dword of every row. */
+static INLINE vi K(start)(int bias, int most, int32_t minus_sum) {
+    const __m256i start = _mm256_set1_epi32(most <= 127 ? bias * minus_sum : 0);
+    return (vi){start, start};
+}
+static INLINE vi K(dot_line)(vi sum, dwords line, const int8_t *x, int most) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    int32_t quad;
+    __builtin_memcpy(&quad, x, 4);
+    const __m256i all = _mm256_set1_epi32(quad);
+    vi w;
+    __builtin_memcpy(&w, &line, sizeof w);
+    return (vi){_mm256_add_epi32(sum.a, _mm256_madd_epi16(K(pairs)(w.a, all, most), ones)),
+                _mm256_add_epi32(sum.b, _mm256_madd_epi16(K(pairs)(w.b, all, most), ones))};
+}
+
 /* Each of 64 bytes below 16 becomes the table's. */
-static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
+static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
     const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    for (int i = 0; i < 64; i += 32) {
-        __m256i *y = (__m256i *)(line + i);
-        _mm256_storeu_si256(y, _mm256_shuffle_epi8(all, _mm256_loadu_si256(y)));
-    }
+    vi w;
+    __builtin_memcpy(&w, &line, sizeof w);
+    w = (vi){_mm256_shuffle_epi8(all, w.a), _mm256_shuffle_epi8(all, w.b)};
+    __builtin_memcpy(&line, &w, sizeof w);
+    return line;
 }
 
 /* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. Each half of a register holds row i or i + 4, so two rounds of unpacking do. */

@@ -32,10 +32,21 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return sum;
 }
 
+/* The same a line at a time: where the sum starts, and one dword of every row. */
+static INLINE vi K(start)(int bias, int most, int32_t minus_sum) {
+    (void)most;
+    return _mm512_set1_epi32(bias * minus_sum);
+}
+static INLINE vi K(dot_line)(vi sum, dwords line, const int8_t *x, int most) {
+    (void)most;
+    int32_t quad;
+    __builtin_memcpy(&quad, x, 4);
+    return _mm512_dpbusd_epi32(sum, (vi)line, _mm512_set1_epi32(quad));
+}
+
 /* Each of 64 bytes below 16 becomes the table's. */
-static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
-    const vi all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
-    _mm512_store_si512(line, _mm512_shuffle_epi8(all, _mm512_load_si512(line)));
+static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
+    return (dwords)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), (vi)line);
 }
 
 /* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. Quarter q of a register holds row i + 4 q, so two rounds of unpacking do. */

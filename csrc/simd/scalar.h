@@ -58,9 +58,25 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
         EACH for (int k = 0; k < 4; k++) sum.v[i] += (int32_t)w[64 * j + 4 * i + k] * (int32_t)x[4 * j + k];
     return sum;
 }
+/* The same a line at a time: where the sum starts, and one dword of every row. */
+static INLINE vi K(start)(int bias, int most, int32_t minus_sum) {
+    (void)most;
+    vi sum;
+    EACH sum.v[i] = bias * minus_sum;
+    return sum;
+}
+static INLINE vi K(dot_line)(vi sum, dwords line, const int8_t *x, int most) {
+    (void)most;
+    EACH for (int k = 0; k < 4; k++) sum.v[i] += (int32_t)(line[i] >> 8 * k & 255) * (int32_t)x[k];
+    return sum;
+}
 /* Each of 64 bytes below 16 becomes the table's. */
-static INLINE void K(lookup)(const uint8_t *table, uint8_t *line) {
-    for (int i = 0; i < 64; i++) line[i] = table[line[i]];
+static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
+    uint8_t bytes[64];
+    __builtin_memcpy(bytes, &line, 64);
+    for (int i = 0; i < 64; i++) bytes[i] = table[bytes[i]];
+    __builtin_memcpy(&line, bytes, 64);
+    return line;
 }
 /* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. */
 static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
