@@ -28,7 +28,9 @@ static void K(top_part)(const op *o, const context *c, int32_t chunk) {
     float *values = out + 4 + o->used, lanes[16] = {0}, top = -INFINITY, finite = 0;
     for (int32_t i = 0; i < n; i++) top = logits[i] > top ? logits[i] : top;
     for (int32_t i = 0; i < n; i++) finite += logits[i] * 0.0f;
-    for (int32_t i = 0; i < n; i++) lanes[i % 16] += K(exponential)(logits[i] - top);
+    for (int32_t i = 0; i < n / 16 * 16; i += 16)
+        for (int j = 0; j < 16; j++) lanes[j] += K(exponential)(logits[i + j] - top);
+    for (int32_t i = n / 16 * 16; i < n; i++) lanes[i % 16] += K(exponential)(logits[i] - top);
     out[0] = top;
     out[1] = K(sum16)(lanes);
     out[2] = finite == 0.0f;
