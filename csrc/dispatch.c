@@ -20,7 +20,10 @@ static int32_t has_avx512(void) {
 }
 #endif
 
-static const struct { const kernel_table *table; int32_t (*here)(void); } levels[] = {
+static const struct {
+    const kernel_table *table;
+    int32_t (*here)(void);
+} levels[] = {
 #ifdef HAVE_avx512
     {&kernels_avx512, has_avx512},
 #endif
@@ -40,5 +43,7 @@ const char *kernel_name(int32_t isa, int32_t code, int32_t type) {
     const kernel_table *t = levels[isa].table;
     if (type < 0 || type >= TYPE_COUNT) return t->names[code];
     const int by_type = code == OP_MATMUL || code == OP_EXPERTS_UP || code == OP_EXPERTS_DOWN;
-    return by_type ? t->matmul_names[type] : code == OP_EMBED || code == OP_EMBED_ROWS ? t->row_names[type] : t->names[code];
+    return by_type                                     ? t->matmul_names[type]
+           : code == OP_EMBED || code == OP_EMBED_ROWS ? t->row_names[type]
+                                                       : t->names[code];
 }

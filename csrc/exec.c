@@ -7,22 +7,22 @@
 #include "kernels.h"
 
 struct session {
-    pool               *threads;
+    pool *threads;
     const kernel_table *kernels;
-    op                 *ops;
-    int32_t             count, first, end;
-    buffer             *buffers;
-    weight             *weights;
-    kv_layer           *kv;
-    int32_t             weight_count;
-    uint8_t            *arena, *scratch;
-    _Atomic int32_t    *taken;      /* [threads][ops]: chunks taken of each thread's own run of them */
-    int32_t            *chunks;     /* [ops] of this run; -1: known only when the op starts */
-    uint8_t            *barrier;    /* [ops] before which all threads meet */
-    int32_t            *matmul;     /* [ops]: the next matmul from here on, -1: none */
-    const int32_t      *cancel;
-    context             step;
-    _Atomic int32_t     stopped;
+    op *ops;
+    int32_t count, first, end;
+    buffer *buffers;
+    weight *weights;
+    kv_layer *kv;
+    int32_t weight_count;
+    uint8_t *arena, *scratch;
+    _Atomic int32_t *taken; /* [threads][ops]: chunks taken of each thread's own run of them */
+    int32_t *chunks;        /* [ops] of this run; -1: known only when the op starts */
+    uint8_t *barrier;       /* [ops] before which all threads meet */
+    int32_t *matmul;        /* [ops]: the next matmul from here on, -1: none */
+    const int32_t *cancel;
+    context step;
+    _Atomic int32_t stopped;
 };
 
 enum { LATER = -1 };
@@ -32,12 +32,17 @@ int32_t chunk_count(const op *o, const context *c) {
     const int32_t rows = rows_of(o, c), width = o->out >= 0 ? c->buffers[o->out].width : 0;
     if (!rows) return 0;
     switch (o->code) {
-        case OP_RMS_NORM: case OP_ROPE: {
+        case OP_RMS_NORM:
+        case OP_ROPE: {
             const int32_t each = width < TILE_ELEMENTS ? TILE_ELEMENTS / width : 1;
             return (rows + each - 1) / each;
         }
         case OP_WANTED: return tile_count(c->head->wanted, width);
-        case OP_ADD: case OP_SCALE: case OP_GELU_MUL: case OP_SOFTCAP: case OP_QUANTIZE: return tile_count(rows, width);
+        case OP_ADD:
+        case OP_SCALE:
+        case OP_GELU_MUL:
+        case OP_SOFTCAP:
+        case OP_QUANTIZE: return tile_count(rows, width);
         case OP_ANGLES: return (rows + 15) / 16;
         case OP_MATMUL: {
             const weight *w = &c->weights[o->weight[0]];
@@ -49,7 +54,8 @@ int32_t chunk_count(const op *o, const context *c) {
             const int32_t group = o->heads / o->kv_heads;
             int32_t heads = group < ATTEND_ROWS ? group : ATTEND_ROWS, together = ATTEND_ROWS / heads;
             while (together > 1 && rows * o->kv_heads / together < 2 * c->threads) together /= 2;
-            while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads) heads = (heads + 1) / 2;
+            while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads)
+                heads = (heads + 1) / 2;
             return (rows + together - 1) / together * o->kv_heads * ((group + heads - 1) / heads);
         }
         case OP_EXPERTS_UP: {
@@ -65,8 +71,9 @@ int32_t chunk_count(const op *o, const context *c) {
             return (w->rows + share - 1) / share;
         }
         case OP_TOP_PART: return rows * ((c->buffers[o->in[0]].width + o->size - 1) / o->size);
-        case OP_GROUP: case OP_TOP: return 1;
-        default: return rows;           /* embed, embed_rows, route, store_kv */
+        case OP_GROUP:
+        case OP_TOP: return 1;
+        default: return rows; /* embed, embed_rows, route, store_kv */
     }
 }
 
@@ -104,7 +111,8 @@ static void take_chunks(session *s, int32_t number, int32_t chunks, kernel run, 
 static int64_t coming(const session *s, const context *c, int32_t number, int32_t thread, const uint8_t **ahead) {
     if (number < 0 || number >= s->end) return 0;
     const weight *w = &c->weights[s->ops[number].weight[0]];
-    const int64_t share = matmul_share(w, rows_of(&s->ops[number], c), c->threads), chunks = (w->rows + share - 1) / share;
+    const int64_t share = matmul_share(w, rows_of(&s->ops[number], c), c->threads),
+                  chunks = (w->rows + share - 1) / share;
     const int64_t first = chunks * thread / c->threads * share, end = chunks * (thread + 1) / c->threads * share;
     const int64_t each = row_bytes(w->type, w->cols), bytes = ((end < w->rows ? end : w->rows) - first) * each;
     *ahead = (const uint8_t *)(uintptr_t)w->data + first * each;
@@ -187,7 +195,8 @@ static int32_t prepare(session *s, const uint8_t *memory) {
     return STATUS_OK;
 }
 
-int32_t session_run(session *s, const uint8_t *memory, run_result *result, const int32_t *cancel, int32_t first, int32_t end) {
+int32_t session_run(session *s, const uint8_t *memory, run_result *result, const int32_t *cancel, int32_t first,
+                    int32_t end) {
     s->step.result = result;
     s->step.threads = pool_threads(s->threads);
     s->cancel = cancel;
@@ -210,9 +219,9 @@ static void *copy(const void *from, size_t count, size_t each) {
     if (to && count) memcpy(to, from, count * each);
     return to;
 }
-session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, const buffer *buffers, int32_t buffer_count,
-                     const weight *weights, int32_t weight_count, const kv_layer *kv, int32_t kv_count, uint8_t *arena,
-                     uint8_t *scratch) {
+session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, const buffer *buffers,
+                     int32_t buffer_count, const weight *weights, int32_t weight_count, const kv_layer *kv,
+                     int32_t kv_count, uint8_t *arena, uint8_t *scratch) {
     session *s = calloc(1, sizeof *s);
     if (!s) return NULL;
     s->threads = threads;
@@ -229,7 +238,8 @@ session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, c
     s->weight_count = weight_count;
     s->arena = arena;
     s->scratch = scratch;
-    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->taken || !s->chunks || !s->barrier || !s->matmul) {
+    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->taken || !s->chunks || !s->barrier ||
+        !s->matmul) {
         session_free(s);
         return NULL;
     }
@@ -283,7 +293,8 @@ static void matmul_share_once(void *arg, int32_t thread, int32_t threads) {
         }
     }
 }
-int32_t matmul_once(pool *threads, int32_t isa, const weight *w, const float *x, float *y, int32_t rows, uint8_t *scratch) {
+int32_t matmul_once(pool *threads, int32_t isa, const weight *w, const float *x, float *y, int32_t rows,
+                    uint8_t *scratch) {
     const kernel_table *kernels = kernels_of(isa);
     const int is_float = w->type == TYPE_F32 || w->type == TYPE_F16 || w->type == TYPE_BF16;
     if (!kernels || !block_of(w->type).bytes || w->rows * row_bytes(w->type, w->cols) > w->bytes) return -1;
@@ -312,7 +323,11 @@ int32_t dequantize_row(int32_t isa, int32_t type, const uint8_t *x, float *y, in
     return 0;
 }
 
-typedef struct { const uint8_t *data; int64_t bytes; _Atomic uint64_t sum; } reading;
+typedef struct {
+    const uint8_t *data;
+    int64_t bytes;
+    _Atomic uint64_t sum;
+} reading;
 static void read_share(void *arg, int32_t thread, int32_t threads) {
     reading *r = arg;
     const int64_t lines = r->bytes / 64, first = lines * thread / threads, end = lines * (thread + 1) / threads;

@@ -12,10 +12,10 @@ _Static_assert(sizeof(block_q6_k) == 210 && sizeof(block_iq4_nl) == 18 && sizeof
 _Static_assert(sizeof(block_mxfp4) == 17 && sizeof(block_a8) == 48 && sizeof(op) == 128, "sizes others rely on");
 
 enum {
-    PAGE = 64,              /* positions in a page of keys and values */
-    LANES = 16,             /* weight rows, positions or dimensions worked on side by side */
-    STRETCH_ROWS = 64,      /* weight rows unpacked at a time when many tokens share them */
-    STRETCH_COLS = 2048,    /* of their columns */
+    PAGE = 64,           /* positions in a page of keys and values */
+    LANES = 16,          /* weight rows, positions or dimensions worked on side by side */
+    STRETCH_ROWS = 64,   /* weight rows unpacked at a time when many tokens share them */
+    STRETCH_COLS = 2048, /* of their columns */
     SHARE_ROWS = 1024,
     SHARE_BYTES = 1 << 16,
     TILE_ELEMENTS = 8192,   /* of a share of an elementwise op */
@@ -28,20 +28,20 @@ enum {
 
 /* Everything a kernel sees besides its op. */
 typedef struct {
-    const batch          *head;
-    const batch_row      *rows;
+    const batch *head;
+    const batch_row *rows;
     const batch_sequence *sequences;
-    const int32_t        *wanted, *pages;
-    const float          *vectors;
-    const logit_bias     *biases;
-    const uint32_t       *masks;
-    const buffer         *buffers;
-    const weight         *weights;
-    const kv_layer       *kv;
-    uint8_t              *arena;
-    uint8_t              *scratch;      /* THREAD_BYTES of this thread's own */
-    run_result           *result;
-    int32_t               threads;
+    const int32_t *wanted, *pages;
+    const float *vectors;
+    const logit_bias *biases;
+    const uint32_t *masks;
+    const buffer *buffers;
+    const weight *weights;
+    const kv_layer *kv;
+    uint8_t *arena;
+    uint8_t *scratch; /* THREAD_BYTES of this thread's own */
+    run_result *result;
+    int32_t threads;
 } context;
 
 typedef void (*kernel)(const op *, const context *, int32_t chunk);
@@ -49,7 +49,7 @@ typedef void (*kernel)(const op *, const context *, int32_t chunk);
 typedef struct {
     const char *isa;
     const char *names[OP_COUNT];
-    kernel      ops[OP_COUNT];
+    kernel ops[OP_COUNT];
     const char *matmul_names[TYPE_COUNT];
     const char *row_names[TYPE_COUNT];
     void (*quantize)(const float *x, block_a8 *y, int64_t cols);
@@ -71,7 +71,10 @@ static inline const batch_row *row_info(const op *o, const context *c, int32_t r
 }
 
 /* An elementwise op is cut into tiles of about TILE_ELEMENTS: some whole rows, or a piece of one row. */
-typedef struct { int32_t row, rows; int32_t col, cols; } tile;
+typedef struct {
+    int32_t row, rows;
+    int32_t col, cols;
+} tile;
 
 static inline int32_t tile_count(int32_t rows, int32_t width) {
     if (width >= TILE_ELEMENTS) return rows * ((width + TILE_ELEMENTS - 1) / TILE_ELEMENTS);
@@ -91,7 +94,9 @@ static inline tile tile_at(int32_t rows, int32_t width, int32_t chunk) {
 typedef struct { int32_t values, bytes; } block_size;
 static inline block_size block_of(int32_t type) {
     static const block_size sizes[TYPE_COUNT] = {
-        [TYPE_F32] = {1, 4}, [TYPE_F16] = {1, 2}, [TYPE_BF16] = {1, 2},
+        [TYPE_F32] = {1, 4},
+        [TYPE_F16] = {1, 2},
+        [TYPE_BF16] = {1, 2},
 #define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = {values, sizeof(block_##name)},
 #include "quants.def"
 #undef QUANT
@@ -107,7 +112,8 @@ static inline int64_t row_bytes(int32_t type, int64_t cols) {
  * shares follow each other, so that what it prefetches is what it comes to. */
 static inline int32_t share_rows(int32_t height, int64_t bytes, int32_t tokens, int32_t threads) {
     if (tokens > LANES) return STRETCH_ROWS;
-    const int64_t even = height / (4 * threads), most = SHARE_BYTES / bytes < SHARE_ROWS ? SHARE_BYTES / bytes : SHARE_ROWS;
+    const int64_t even = height / (4 * threads),
+                  most = SHARE_BYTES / bytes < SHARE_ROWS ? SHARE_BYTES / bytes : SHARE_ROWS;
     const int64_t rows = (even < most ? even : most) / LANES * LANES;
     return rows < LANES ? LANES : (int32_t)rows;
 }
@@ -125,7 +131,7 @@ int32_t chunk_count(const op *, const context *);
 
 /* -- Rows read by pread ------------------------------------------------------------------------ */
 
-int32_t row_cache_fetch(row_cache *, int32_t row);              /* 0: could not be read */
+int32_t row_cache_fetch(row_cache *, int32_t row); /* 0: could not be read */
 const uint8_t *row_cache_row(const row_cache *, int32_t row);
 
 /* -- Threads -------------------------------------------------------------------------------------- */

@@ -12,19 +12,23 @@
 /* -- SIGBUS ------------------------------------------------------------------------------------- */
 
 enum { MAPPINGS = 256 };
-static struct { _Atomic uintptr_t begin, end; _Atomic int32_t poisoned; } mappings[MAPPINGS];
+static struct {
+    _Atomic uintptr_t begin, end;
+    _Atomic int32_t poisoned;
+} mappings[MAPPINGS];
 static struct sigaction previous;
 static atomic_flag installed = ATOMIC_FLAG_INIT;
 
 static void on_bus_error(int number, siginfo_t *info, void *state) {
     const uintptr_t at = (uintptr_t)info->si_addr, page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    int ours = 0;
     for (int i = 0; i < MAPPINGS; i++)
         if (at >= atomic_load(&mappings[i].begin) && at < atomic_load(&mappings[i].end)) {
-            void *place = (void *)(at / page * page);
-            if (mmap(place, page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED) break;
             atomic_store(&mappings[i].poisoned, 1);
-            return;
+            ours = 1;
         }
+    void *place = (void *)(at / page * page);
+    if (ours && mmap(place, page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) return;
     if (previous.sa_flags & SA_SIGINFO && previous.sa_sigaction) {
         previous.sa_sigaction(number, info, state);
         return;
@@ -42,7 +46,11 @@ int32_t mapping_register(uint64_t address, int64_t bytes) {
     for (int i = 0; i < MAPPINGS; i++) {
         uintptr_t none = 0;
         if (!atomic_compare_exchange_strong(&mappings[i].end, &none, 1)) continue;
-        atomic_store(&mappings[i].poisoned, 0);
+        int32_t poisoned = 0; /* as whoever has the same file mapped already knows */
+        for (int j = 0; j < MAPPINGS; j++)
+            if (j != i && address >= atomic_load(&mappings[j].begin) && address < atomic_load(&mappings[j].end))
+                poisoned |= atomic_load(&mappings[j].poisoned);
+        atomic_store(&mappings[i].poisoned, poisoned);
         atomic_store(&mappings[i].begin, (uintptr_t)address);
         atomic_store(&mappings[i].end, (uintptr_t)address + (uintptr_t)bytes);
         return i;
@@ -61,12 +69,12 @@ void mapping_release(int32_t slot) {
 /* -- Row cache: the least recently used row makes room ------------------------------------------------ */
 
 struct row_cache {
-    int32_t  fd, rows, slots;
-    int64_t  offset, row_bytes, clock;
-    int32_t *slot_of;       /* [rows], -1: not here */
-    int32_t *row_of;        /* [slots] */
-    int64_t *used;          /* [slots]: when it was last asked for */
-    uint8_t *data;          /* [slots][row_bytes] */
+    int32_t fd, rows, slots;
+    int64_t offset, row_bytes, clock;
+    int32_t *slot_of; /* [rows], -1: not here */
+    int32_t *row_of;  /* [slots] */
+    int64_t *used;    /* [slots]: when it was last asked for */
+    uint8_t *data;    /* [slots][row_bytes] */
 };
 
 row_cache *row_cache_new(int32_t fd, int64_t offset, int64_t row_bytes, int32_t rows, int32_t slots) {
@@ -106,7 +114,8 @@ int32_t row_cache_fetch(row_cache *r, int32_t row) {
         r->row_of[slot] = -1;
         uint8_t *at = r->data + slot * r->row_bytes;
         for (int64_t done = 0; done < r->row_bytes;) {
-            const ssize_t n = pread(r->fd, at + done, (size_t)(r->row_bytes - done), r->offset + row * r->row_bytes + done);
+            const ssize_t n =
+                pread(r->fd, at + done, (size_t)(r->row_bytes - done), r->offset + row * r->row_bytes + done);
             if (n < 0 && errno == EINTR) continue;
             if (n <= 0) return 0;
             done += n;

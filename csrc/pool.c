@@ -6,19 +6,22 @@
 
 #include "kernels.h"
 
-enum { SPINS = 20000 };    /* about 50 us */
+enum { SPINS = 20000 }; /* about 50 us */
 
 struct pool {
-    int32_t          threads;
+    int32_t threads;
     _Atomic uint32_t turn, finished, arrived, phase;
-    _Atomic int32_t  sleepers, quit;
-    job              work;
-    void            *arg;
-    pthread_mutex_t  busy, lock;
-    pthread_cond_t   wake;
-    pthread_t        ids[];
+    _Atomic int32_t sleepers, quit;
+    job work;
+    void *arg;
+    pthread_mutex_t busy, lock;
+    pthread_cond_t wake;
+    pthread_t ids[];
 };
-typedef struct { pool *p; int32_t thread; } start;
+typedef struct {
+    pool *p;
+    int32_t thread;
+} start;
 
 static inline void pause_once(void) {
 #if defined(__x86_64__) || defined(__i386__)

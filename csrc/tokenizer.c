@@ -26,15 +26,9 @@ enum {
 static const uint32_t NONE = UINT32_MAX; /* no symbol, no rank, no character */
 static const uint8_t MARK[3] = {0xE2, 0x96, 0x81}, REPLACED[3] = {0xEF, 0xBF, 0xBD}; /* in UTF-8 */
 
-typedef struct {
-    uint32_t hash, symbol;
-} text_slot; /* symbol + 1, 0: free */
-typedef struct {
-    uint32_t left, right, rank, product;
-} pair_slot; /* left + 1, 0: free */
-typedef struct {
-    uint32_t rank, product;
-} merge;
+typedef struct { uint32_t hash, symbol; } text_slot;               /* symbol + 1, 0: free */
+typedef struct { uint32_t left, right, rank, product; } pair_slot; /* left + 1, 0: free */
+typedef struct { uint32_t rank, product; } merge;
 
 struct tokenizer {
     uint64_t seed; /* of both hashes, so that no file can be made to collide */
@@ -304,8 +298,7 @@ int32_t tokenizer_new(const string_array *tokens, const string_array *merges, ui
     if (!t->text || !t->start || !t->slots || !t->pairs || !t->chars || !t->joins_space) status = VOCABULARY_NO_MEMORY;
     if (status || (status = read_tokens(t, tokens, where)) || (status = read_merges(t, merges, where)))
         tokenizer_free(t);
-    else
-        *made = t;
+    else *made = t;
     return status;
 }
 
@@ -412,9 +405,7 @@ static uint64_t pop(uint64_t *heap, int64_t *size) {
 
 /* The same by a heap, for words of any length. An entry is stale once its piece would merge at another rank. */
 static bool merge_long(encoder *e, int64_t n, int64_t end) {
-    typedef struct {
-        int32_t previous, next;
-    } link;
+    typedef struct { int32_t previous, next; } link;
     piece *p = e->pieces;
     link *links = malloc((size_t)n * sizeof *links);
     uint64_t *heap = malloc(2 * (size_t)n * sizeof *heap); /* a merge takes one entry and adds at most two */
@@ -478,12 +469,9 @@ static int64_t encode_word(encoder *e, int64_t at) {
         at += width;
     }
     int32_t run = newlines ? tokenizer_find(e->t, e->text + from, at - from) : -1;
-    if (run >= 0)
-        emit(e, run);
-    else if (n <= SHORT_WORD)
-        merge_short(e, n, at);
-    else if (!merge_long(e, n, at))
-        return -1;
+    if (run >= 0) emit(e, run);
+    else if (n <= SHORT_WORD) merge_short(e, n, at);
+    else if (!merge_long(e, n, at)) return -1;
     return at;
 }
 

@@ -26,11 +26,12 @@ typedef uint16_t words __attribute__((vector_size(32), aligned(32), may_alias));
 
 #define SERVES(OP, name) [OP_##OP] = K(name)
 #define NAMED(OP, name) [OP_##OP] = TEXT(K(name))
-#define OPS(X) \
-    X(EMBED, embed), X(EMBED_ROWS, embed_rows), X(WANTED, wanted), X(RMS_NORM, rms_norm), X(ADD, add), X(SCALE, scale), \
-    X(GELU_MUL, gelu_mul), X(ANGLES, angles), X(ROPE, rope), X(QUANTIZE, quantize), X(MATMUL, matmul), \
-    X(STORE_KV, store_kv), X(ATTEND, attend), X(ROUTE, route), X(GROUP, group), X(EXPERTS_UP, experts_up), \
-    X(EXPERTS_GELU, experts_gelu), X(EXPERTS_DOWN, experts_down), X(SOFTCAP, softcap), X(TOP_PART, top_part), X(TOP, top)
+#define OPS(X)                                                                                                         \
+    X(EMBED, embed), X(EMBED_ROWS, embed_rows), X(WANTED, wanted), X(RMS_NORM, rms_norm), X(ADD, add),                 \
+        X(SCALE, scale), X(GELU_MUL, gelu_mul), X(ANGLES, angles), X(ROPE, rope), X(QUANTIZE, quantize),               \
+        X(MATMUL, matmul), X(STORE_KV, store_kv), X(ATTEND, attend), X(ROUTE, route), X(GROUP, group),                 \
+        X(EXPERTS_UP, experts_up), X(EXPERTS_GELU, experts_gelu), X(EXPERTS_DOWN, experts_down), X(SOFTCAP, softcap),  \
+        X(TOP_PART, top_part), X(TOP, top)
 
 const kernel_table K(kernels) = {
     .isa = TEXT(ISA),
@@ -38,22 +39,31 @@ const kernel_table K(kernels) = {
     .ops = {OPS(SERVES)},
     .quantize = K(quantize_blocks),
     .matmul = K(matmul_stretch),
-    .matmul_names = {
-        [TYPE_F32] = TEXT(K(matmul_f32)), [TYPE_F16] = TEXT(K(matmul_f16)), [TYPE_BF16] = TEXT(K(matmul_bf16)),
+    .matmul_names =
+        {
+            [TYPE_F32] = TEXT(K(matmul_f32)),
+            [TYPE_F16] = TEXT(K(matmul_f16)),
+            [TYPE_BF16] = TEXT(K(matmul_bf16)),
 #define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = TEXT(K(matmul_##name)),
 #include "../quants.def"
 #undef QUANT
-    },
-    .row_names = {
-        [TYPE_F32] = TEXT(K(row_f32)), [TYPE_F16] = TEXT(K(row_f16)), [TYPE_BF16] = TEXT(K(row_bf16)),
+        },
+    .row_names =
+        {
+            [TYPE_F32] = TEXT(K(row_f32)),
+            [TYPE_F16] = TEXT(K(row_f16)),
+            [TYPE_BF16] = TEXT(K(row_bf16)),
 #define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = TEXT(K(row_##name)),
 #include "../quants.def"
 #undef QUANT
-    },
-    .dequantize = {
-        [TYPE_F32] = K(row_f32), [TYPE_F16] = K(row_f16), [TYPE_BF16] = K(row_bf16),
+        },
+    .dequantize =
+        {
+            [TYPE_F32] = K(row_f32),
+            [TYPE_F16] = K(row_f16),
+            [TYPE_BF16] = K(row_bf16),
 #define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = K(row_##name),
 #include "../quants.def"
 #undef QUANT
-    },
+        },
 };

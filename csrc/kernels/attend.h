@@ -11,7 +11,8 @@ typedef struct { uint8_t *keys, *key_scales, *values, *value_scales; } K(kv_page
 
 static inline int64_t K(scale_count)(int32_t type, int32_t dim) { return type == TYPE_Q8_0 ? (dim + 31) / 32 : 0; }
 
-static inline K(kv_page) K(page_of)(const context *c, const op *o, const batch_sequence *s, int32_t position, int32_t head) {
+static inline K(kv_page)
+    K(page_of)(const context *c, const op *o, const batch_sequence *s, int32_t position, int32_t head) {
     const kv_layer *l = &c->kv[o->kv_layer];
     const int32_t page = c->pages[(l->local ? s->local_pages : s->global_pages) + (uint32_t)(position / PAGE)];
     const int64_t value = l->type == TYPE_Q8_0 ? 1 : l->type == TYPE_F32 ? 4 : 2;
@@ -74,7 +75,8 @@ static void K(store_kv)(const op *o, const context *c, int32_t row) {
             __builtin_memcpy(turned + o->pairs, k + o->head_dim / 2, (size_t)o->pairs * sizeof(float));
             k = turned;
         }
-        const int64_t key_scales = K(scale_count)(l->type, l->key_dim), value_scales = K(scale_count)(l->type, l->head_dim);
+        const int64_t key_scales = K(scale_count)(l->type, l->key_dim),
+                      value_scales = K(scale_count)(l->type, l->head_dim);
         K(put_vector)(k, l->key_dim, l->type, p.keys + ((int64_t)sub * l->key_dim * LANES + lane) * value, LANES,
                       p.key_scales + 2 * (sub * key_scales * LANES + lane), LANES);
         K(put_vector)(v, l->head_dim, l->type, p.values + (int64_t)in_page * l->head_dim * value, 1,
@@ -86,25 +88,25 @@ static void K(store_kv)(const op *o, const context *c, int32_t row) {
 
 /* Query rows that share keys: some heads of one KV head, some neighbouring rows of one sequence. */
 typedef struct {
-    const op             *o;
-    const kv_layer       *l;
+    const op *o;
+    const kv_layer *l;
     const batch_sequence *sequence;
-    int32_t rows;                           /* query rows, at most ATTEND_ROWS */
+    int32_t rows; /* query rows, at most ATTEND_ROWS */
     int32_t kv_head;
-    int32_t first[ATTEND_ROWS], last[ATTEND_ROWS];  /* positions each may see */
-    const float *key_query;                 /* [rows][key_dim] */
-    const float *value_query;               /* [rows][head_dim]: what meets the values, when keys come from them */
-    float *scores;                          /* [rows][ATTEND_BLOCK] */
-    float *part;                            /* [rows][head_dim] of this block */
-    float *out;                             /* [rows][head_dim] so far */
+    int32_t first[ATTEND_ROWS], last[ATTEND_ROWS]; /* positions each may see */
+    const float *key_query;                        /* [rows][key_dim] */
+    const float *value_query; /* [rows][head_dim]: what meets the values, when keys come from them */
+    float *scores;            /* [rows][ATTEND_BLOCK] */
+    float *part;              /* [rows][head_dim] of this block */
+    float *out;               /* [rows][head_dim] so far */
     float top[ATTEND_ROWS], sum[ATTEND_ROWS];
 } K(attention);
 
 static INLINE vf K(load_kv)(const uint8_t *at, int64_t index, int type) {
-    return type == TYPE_F32   ? K(load)((const float *)at + index)
-           : type == TYPE_F16 ? K(load_f16)((const f16 *)at + index)
+    return type == TYPE_F32    ? K(load)((const float *)at + index)
+           : type == TYPE_F16  ? K(load_f16)((const f16 *)at + index)
            : type == TYPE_BF16 ? K(load_bf16)((const bf16 *)at + index)
-                              : K(load_i8)((const int8_t *)at + index);
+                               : K(load_i8)((const int8_t *)at + index);
 }
 static INLINE float K(scale_at)(const uint8_t *scales, int64_t index) {
     f16 h;
@@ -141,7 +143,8 @@ static INLINE void K(score_keys)(const K(attention) *a, K(kv_page) p, int sub, c
 }
 
 /* What 16 positions' values add to the scores of rows whose keys come from values. */
-static INLINE void K(score_values)(const K(attention) *a, K(kv_page) p, int sub, const int n, const int type, float *scores) {
+static INLINE void K(score_values)(const K(attention) *a, K(kv_page) p, int sub, const int n, const int type,
+                                   float *scores) {
     const int32_t dim = a->l->head_dim;
     for (int j = 0; j < LANES; j++) {
         const int64_t at = sub * LANES + j;
@@ -150,7 +153,8 @@ static INLINE void K(score_values)(const K(attention) *a, K(kv_page) p, int sub,
         for (int r = 0; r < n; r++) sum[r] = K(zero)();
         for (int32_t i = 0; i < dim; i += LANES) {
             vf value = K(load_kv)(p.values, at * dim + i, type);
-            if (type == TYPE_Q8_0) value = K(mul)(value, K(set1)(K(scale_at)(p.value_scales, at * K(scale_count)(type, dim) + i / 32)));
+            if (type == TYPE_Q8_0)
+                value = K(mul)(value, K(set1)(K(scale_at)(p.value_scales, at * K(scale_count)(type, dim) + i / 32)));
 #pragma GCC unroll 8
             for (int r = 0; r < n; r++) sum[r] = K(fma)(K(load)(a->value_query + r * dim + i), value, sum[r]);
         }
@@ -178,7 +182,8 @@ static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int3
             const int32_t stop = (at / PAGE + 1) * PAGE - 1 < end ? (at / PAGE + 1) * PAGE - 1 : end;
             for (; at <= stop; at++) {
                 const int64_t index = (int64_t)(at % PAGE) * dim + i;
-                vf low = K(load_kv)(p.values, index, type), high = wide == 2 ? K(load_kv)(p.values, index + LANES, type) : low;
+                vf low = K(load_kv)(p.values, index, type),
+                   high = wide == 2 ? K(load_kv)(p.values, index + LANES, type) : low;
                 if (type == TYPE_Q8_0) {
                     const int64_t scale = at % PAGE * K(scale_count)(type, dim);
                     low = K(mul)(low, K(set1)(K(scale_at)(p.value_scales, scale + i / 32)));
@@ -201,7 +206,8 @@ static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int3
 }
 
 /* Positions begin ... end, all of one block: scores, softmax, values, merged into what came before. */
-static INLINE void K(attend_block)(K(attention) *a, const context *c, int32_t begin, int32_t end, const int n, const int type) {
+static INLINE void K(attend_block)(K(attention) *a, const context *c, int32_t begin, int32_t end, const int n,
+                                   const int type) {
     const int32_t base = begin / ATTEND_BLOCK * ATTEND_BLOCK, dim = a->l->head_dim;
     const int32_t low = (begin - base) / LANES * LANES, high = ((end - base) / LANES + 1) * LANES;
     for (int32_t at = low; at < high; at += LANES) {
@@ -222,7 +228,7 @@ static INLINE void K(attend_block)(K(attention) *a, const context *c, int32_t be
             if (base + at < a->first[r] || base + at > a->last[r]) s[at] = -INFINITY;
         top[r] = -INFINITY;
         for (int32_t at = low; at < high; at++) top[r] = s[at] > top[r] || s[at] != s[at] ? s[at] : top[r];
-        if (top[r] == -INFINITY) {      /* nothing of this block is this row's to see */
+        if (top[r] == -INFINITY) { /* nothing of this block is this row's to see */
             for (int32_t at = low; at < high; at++) s[at] = 0;
             sum[r] = 0;
             continue;
@@ -247,19 +253,19 @@ static INLINE void K(attend_block)(K(attention) *a, const context *c, int32_t be
     }
 }
 
-#define BLOCKS_OF(n, type) \
-    for (int32_t at = first; at <= last; at = (at / ATTEND_BLOCK + 1) * ATTEND_BLOCK) { \
-        const int32_t stop = (at / ATTEND_BLOCK + 1) * ATTEND_BLOCK - 1; \
-        K(attend_block)(a, c, at, stop < last ? stop : last, n, type); \
+#define BLOCKS_OF(n, type)                                                                                             \
+    for (int32_t at = first; at <= last; at = (at / ATTEND_BLOCK + 1) * ATTEND_BLOCK) {                                \
+        const int32_t stop = (at / ATTEND_BLOCK + 1) * ATTEND_BLOCK - 1;                                               \
+        K(attend_block)(a, c, at, stop < last ? stop : last, n, type);                                                 \
     }
-#define BLOCKS_FOR(type) \
-    static void K(blocks_##type)(K(attention) *a, const context *c, int32_t first, int32_t last) { \
-        switch (a->rows) { \
-            case 1: BLOCKS_OF(1, TYPE_##type) break; \
-            case 2: BLOCKS_OF(2, TYPE_##type) break; \
-            case 4: BLOCKS_OF(4, TYPE_##type) break; \
-            default: BLOCKS_OF(8, TYPE_##type) break; \
-        } \
+#define BLOCKS_FOR(type)                                                                                               \
+    static void K(blocks_##type)(K(attention) *a, const context *c, int32_t first, int32_t last) {                     \
+        switch (a->rows) {                                                                                             \
+            case 1: BLOCKS_OF(1, TYPE_##type) break;                                                                   \
+            case 2: BLOCKS_OF(2, TYPE_##type) break;                                                                   \
+            case 4: BLOCKS_OF(4, TYPE_##type) break;                                                                   \
+            default: BLOCKS_OF(8, TYPE_##type) break;                                                                  \
+        }                                                                                                              \
     }
 BLOCKS_FOR(F32)
 BLOCKS_FOR(F16)
@@ -290,8 +296,13 @@ static void K(attend)(const op *o, const context *c, int32_t chunk) {
     const float *k_norm = o->from_values ? (const float *)(uintptr_t)c->weights[o->weight[0]].data : NULL;
     float *scratch = (float *)c->scratch;
     float *keys = scratch, *values = keys + ATTEND_ROWS * MAX_HEAD_DIM;
-    K(attention) a = {.o = o, .l = l, .kv_head = kv_head, .key_query = keys, .value_query = values,
-                      .scores = values + ATTEND_ROWS * MAX_HEAD_DIM, .part = values + ATTEND_ROWS * (MAX_HEAD_DIM + ATTEND_BLOCK),
+    K(attention) a = {.o = o,
+                      .l = l,
+                      .kv_head = kv_head,
+                      .key_query = keys,
+                      .value_query = values,
+                      .scores = values + ATTEND_ROWS * MAX_HEAD_DIM,
+                      .part = values + ATTEND_ROWS * (MAX_HEAD_DIM + ATTEND_BLOCK),
                       .out = values + ATTEND_ROWS * (2 * MAX_HEAD_DIM + ATTEND_BLOCK)};
     for (int32_t row = row0; row < row0 + share.rows && row < rows_of(o, c);) {
         const int32_t sequence = row_info(o, c, row)->sequence, begin = row;
@@ -318,7 +329,7 @@ static void K(attend)(const op *o, const context *c, int32_t chunk) {
         }
         a.sequence = &c->sequences[sequence];
         const int32_t real = n;
-        for (; n & (n - 1); n++) {      /* up to a power of two with rows that see nothing */
+        for (; n & (n - 1); n++) { /* up to a power of two with rows that see nothing */
             a.first[n] = 0;
             a.last[n] = -1;
             __builtin_memset(keys + n * l->key_dim, 0, (size_t)l->key_dim * sizeof(float));

@@ -52,8 +52,10 @@ static void K(rms_norm)(const op *o, const context *c, int32_t chunk) {
             for (int32_t i = 0; i < size; i += 16)
                 for (int j = 0; j < 16; j++) squares[j] += x[i + j] * x[i + j];
             const float s = o->scale / sqrtf(K(sum16)(squares) / (float)size + o->eps);
-            if (w) for (int32_t i = 0; i < size; i++) y[i] = x[i] * s * w[i];
-            else for (int32_t i = 0; i < size; i++) y[i] = x[i] * s;
+            if (w)
+                for (int32_t i = 0; i < size; i++) y[i] = x[i] * s * w[i];
+            else
+                for (int32_t i = 0; i < size; i++) y[i] = x[i] * s;
         }
 }
 

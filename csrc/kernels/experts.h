@@ -46,7 +46,10 @@ static void K(group)(const op *o, const context *c, int32_t chunk) {
         for (int32_t s = 0; s < used; s++) pairs[count[((int32_t *)buffer_row(c, o->in[0], r))[s]]++] = r * used + s;
 }
 
-typedef struct { int32_t expert, count; const int32_t *pairs; } K(expert_group);
+typedef struct {
+    int32_t expert, count;
+    const int32_t *pairs;
+} K(expert_group);
 static inline K(expert_group) K(group_at)(const op *o, const context *c, int32_t g) {
     const int32_t *groups = buffer_row(c, o->in[2], 0);
     const int32_t first = groups[2 + 2 * g], end = g + 1 < groups[0] ? groups[4 + 2 * g] : groups[2 * o->experts + 1];
@@ -61,7 +64,8 @@ static inline weight K(expert)(const weight *all, int32_t e) {
 /* One share: some rows of one expert, gate and up in one tensor or in two. */
 static void K(experts_up)(const op *o, const context *c, int32_t chunk) {
     const weight *gate = &c->weights[o->weight[0]];
-    const int32_t height = gate->rows, share = experts_up_share(gate, rows_of(o, c)), shares = (height + share - 1) / share;
+    const int32_t height = gate->rows, share = experts_up_share(gate, rows_of(o, c)),
+                  shares = (height + share - 1) / share;
     const int32_t tensors = o->weight[1] < 0 ? 1 : 2, which = chunk / shares % tensors;
     const K(expert_group) group = K(group_at)(o, c, chunk / shares / tensors);
     const weight w = K(expert)(&c->weights[o->weight[which]], group.expert);
@@ -82,7 +86,8 @@ static void K(experts_up)(const op *o, const context *c, int32_t chunk) {
 static void K(experts_gelu)(const op *o, const context *c, int32_t chunk) {
     const tile t = tile_at(rows_of(o, c) * o->used, o->size, chunk);
     for (int32_t r = t.row; r < t.row + t.rows; r++) {
-        const float *gate = (const float *)buffer_row(c, o->in[0], r / o->used) + (int64_t)(r % o->used) * 2 * o->size + t.col;
+        const float *gate =
+            (const float *)buffer_row(c, o->in[0], r / o->used) + (int64_t)(r % o->used) * 2 * o->size + t.col;
         float *y = (float *)buffer_row(c, o->out, r / o->used) + (int64_t)(r % o->used) * o->size + t.col;
         for (int32_t i = 0; i < t.cols; i++) y[i] = K(gelu)(gate[i]) * gate[o->size + i];
     }
@@ -90,7 +95,7 @@ static void K(experts_gelu)(const op *o, const context *c, int32_t chunk) {
 
 /* One share: some of the result's columns for every row, expert after expert. */
 static void K(experts_down)(const op *o, const context *c, int32_t chunk) {
-    enum { TOGETHER = 256 };        /* rows of a stretch, or sixteen of a long share */
+    enum { TOGETHER = 256 }; /* rows of a stretch, or sixteen of a long share */
     const weight *all = &c->weights[o->weight[0]];
     const int32_t rows = rows_of(o, c), groups = *(const int32_t *)buffer_row(c, o->in[2], 0);
     const int32_t share_width = experts_down_share(all, rows, c->threads);

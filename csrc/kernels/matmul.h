@@ -8,8 +8,8 @@
 
 enum {
     PANELS = STRETCH_ROWS / LANES,
-    MOST_TOKENS = 512,                              /* of one call's pointers */
-    TILE_BATCH = 60,                                /* tokens whose result pointers are laid out at a time */
+    MOST_TOKENS = 512, /* of one call's pointers */
+    TILE_BATCH = 60,   /* tokens whose result pointers are laid out at a time */
 };
 
 /* -- Tiles: a panel against some tokens; the sums so far are in y --------------------------------------- */
@@ -63,23 +63,25 @@ static INLINE void K(tile_groups)(const int tokens, const int group, const int b
     for (int t = 0; t < tokens; t++) K(store)(y[t], sum[t]);
 }
 
-#define TILES(name, call)                                                                                             \
-    static void K(tiles_##name)(panel p, const void *const *xs, float *const *y, int64_t tokens, int64_t k0, int64_t cols) { \
-        int64_t t = 0;                                                                                                \
-        for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS) call(TILE_TOKENS);                                        \
-        for (; t + 4 <= tokens; t += 4) call(4);                                                                      \
-        for (; t < tokens; t++) call(1);                                                                              \
+#define TILES(name, call)                                                                                              \
+    static void K(tiles_##name)(panel p, const void *const *xs, float *const *y, int64_t tokens, int64_t k0,           \
+                                int64_t cols) {                                                                        \
+        int64_t t = 0;                                                                                                 \
+        for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS) call(TILE_TOKENS);                                         \
+        for (; t + 4 <= tokens; t += 4) call(4);                                                                       \
+        for (; t < tokens; t++) call(1);                                                                               \
     }
 #define FLOAT_TILE(n) K(tile_floats)(n, p, (const float *const *)xs + t, y + t, k0, cols)
 TILES(floats, FLOAT_TILE)
-#define QUANT(name, NAME, values, group, bias, most, minima)                                                          \
-    static void K(tiles_##name)(panel p, const void *const *xs, float *const *y, int64_t tokens, int64_t k0, int64_t cols) { \
-        const block_a8 *const *x = (const block_a8 *const *)xs;                                                       \
-        int64_t t = 0;                                                                                                \
-        for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS)                                                           \
-            K(tile_groups)(TILE_TOKENS, group, bias, most, minima, p, x + t, y + t, k0, cols);                        \
-        for (; t + 4 <= tokens; t += 4) K(tile_groups)(4, group, bias, most, minima, p, x + t, y + t, k0, cols);      \
-        for (; t < tokens; t++) K(tile_groups)(1, group, bias, most, minima, p, x + t, y + t, k0, cols);              \
+#define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
+    static void K(tiles_##name)(panel p, const void *const *xs, float *const *y, int64_t tokens, int64_t k0,           \
+                                int64_t cols) {                                                                        \
+        const block_a8 *const *x = (const block_a8 *const *)xs;                                                        \
+        int64_t t = 0;                                                                                                 \
+        for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS)                                                            \
+            K(tile_groups)(TILE_TOKENS, group, bias, most, minima, p, x + t, y + t, k0, cols);                         \
+        for (; t + 4 <= tokens; t += 4) K(tile_groups)(4, group, bias, most, minima, p, x + t, y + t, k0, cols);       \
+        for (; t < tokens; t++) K(tile_groups)(1, group, bias, most, minima, p, x + t, y + t, k0, cols);               \
     }
 #include "../quants.def"
 #undef QUANT
@@ -91,14 +93,15 @@ TILES(floats, FLOAT_TILE)
 typedef struct {
     void (*unpack)(const uint8_t *, int64_t, int, int64_t, panel, const uint8_t *);
     void (*tiles)(panel, const void *const *, float *const *, int64_t, int64_t, int64_t);
-    void (*one)(const uint8_t *, int64_t, int, int64_t, const block_a8 *, float *, const uint8_t *);    /* NULL: none */
+    void (*one)(const uint8_t *, int64_t, int, int64_t, const block_a8 *, float *, const uint8_t *); /* NULL: none */
 } K(matmul_kernel);
 
 static const K(matmul_kernel) K(matmul_kernels)[TYPE_COUNT] = {
     [TYPE_F32] = {K(unpack_f32), K(tiles_floats), NULL},
     [TYPE_F16] = {K(unpack_f16), K(tiles_floats), NULL},
     [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats), NULL},
-#define QUANT(name, NAME, values, group, bias, most, minima) [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name), K(one_##name)},
+#define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
+    [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name), K(one_##name)},
 #include "../quants.def"
 #undef QUANT
 };
@@ -129,7 +132,8 @@ static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, cons
             panel p[PANELS];
             for (int i = 0; i < panels; i++) {
                 const int64_t r = r0 + i * LANES;
-                p[i] = (panel){scratch + i * PANEL_BYTES, groups + 2 * i * GROUP_FLOATS, groups + (2 * i + 1) * GROUP_FLOATS};
+                p[i] = (panel){scratch + i * PANEL_BYTES, groups + 2 * i * GROUP_FLOATS,
+                               groups + (2 * i + 1) * GROUP_FLOATS};
                 const int64_t before = row_bytes(w->type, k0);
                 const int valid = rows - r < LANES ? (int)(rows - r) : LANES;
                 /* The next panel is one contiguous region: it is fetched as one stream, a share with each stretch. */

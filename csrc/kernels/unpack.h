@@ -7,16 +7,16 @@
  */
 
 enum {
-    PANEL_BYTES = STRETCH_COLS * LANES,         /* q, or floats of a quarter of the columns */
+    PANEL_BYTES = STRETCH_COLS * LANES, /* q, or floats of a quarter of the columns */
     GROUP_FLOATS = STRETCH_COLS / 16 * LANES,
     STEP = 256,
-    SPARE = 320,        /* room for a step of one row */
+    SPARE = 320, /* room for a step of one row */
 };
 
 typedef struct {
-    uint8_t *q;         /* [cols / 4][LANES][4], or f32 [cols][LANES] */
-    float   *scale;     /* [groups][LANES] */
-    float   *minimum;   /* [groups][LANES] */
+    uint8_t *q;     /* [cols / 4][LANES][4], or f32 [cols][LANES] */
+    float *scale;   /* [groups][LANES] */
+    float *minimum; /* [groups][LANES] */
 } panel;
 
 /* Columns of one panel: floats take four times the room of q. For few tokens a panel is used at once and no more than
@@ -60,14 +60,16 @@ static INLINE dwords K(fifth)(const uint32_t *bits, int at) {
 }
 /* Where lines go: into a panel; or, where one token is all there is, straight into its sums, one a group. */
 typedef struct {
-    panel           p;          /* of this step: columns count from its first */
-    const block_a8 *x;          /* NULL: the panel */
-    vi             *sum;
-    int             group, most;
+    panel p;           /* of this step: columns count from its first */
+    const block_a8 *x; /* NULL: the panel */
+    vi *sum;
+    int group, most;
 } K(sink);
 static INLINE void K(emit)(const K(sink) *s, int column, dwords line) {
     if (!s->x) *(dwords *)(s->p.q + column * LANES) = line;
-    else s->sum[column / s->group] = K(dot_line)(s->sum[column / s->group], line, s->x[column / 32].qs + column % 32, s->most);
+    else
+        s->sum[column / s->group] =
+            K(dot_line)(s->sum[column / s->group], line, s->x[column / 32].qs + column % 32, s->most);
 }
 
 enum { NIBBLES = 0x0f0f0f0f, PAIRS = 0x03030303, ONES = 0x01010101 };
@@ -75,18 +77,23 @@ enum { NIBBLES = 0x0f0f0f0f, PAIRS = 0x03030303, ONES = 0x01010101 };
 /* The rows there are, or for the last rows of a matrix a copy in which row 0 fills up the sixteen. */
 static INLINE const uint8_t *K(sixteen)(const uint8_t *w, int64_t *stride, int rows, int64_t bytes, uint8_t *spare) {
     if (rows == LANES) return w;
-    for (int r = 0; r < LANES; r++) __builtin_memcpy(spare + r * SPARE, w + (r < rows ? r : 0) * *stride, (size_t)bytes);
+    for (int r = 0; r < LANES; r++)
+        __builtin_memcpy(spare + r * SPARE, w + (r < rows ? r : 0) * *stride, (size_t)bytes);
     *stride = SPARE;
     return spare;
 }
 
 /* -- Blocks of 32: an f16 scale (and minimum), then bytes, or nibbles and perhaps a fifth bit ------------------------- */
 
-typedef struct { int bytes, m, qh, qs; const uint8_t *table; } K(block_layout);      /* offsets, -1: none */
+typedef struct {
+    int bytes, m, qh, qs;
+    const uint8_t *table;
+} K(block_layout); /* offsets, -1: none */
 
 /* A step of 18-byte blocks, scale and nibbles, is 36 whole dwords: all of it is turned, scales too. In every other block
  * the nibbles begin in the middle of a dword. */
-static INLINE void K(step_of_nine)(const uint8_t *b, int64_t stride, const K(sink) *s, const uint8_t *table, const uint8_t *next) {
+static INLINE void K(step_of_nine)(const uint8_t *b, int64_t stride, const K(sink) *s, const uint8_t *table,
+                                   const uint8_t *next) {
     _Alignas(64) uint8_t lines[36][64];
     const dwords *line = (const dwords *)lines[0];
     for (int i = 0; i < 9; i++) {
@@ -256,7 +263,7 @@ static INLINE void K(q_q3_k)(const uint8_t *b, int64_t stride, const K(sink) *s)
 #pragma GCC unroll 4
         for (int g = 0; g < 4; g++)
             K(emit)(s, 128 * (j / 8) + 32 * g + 4 * (j % 8),
-                        K(bits)(lines[j], 2 * g, PAIRS, 0) | K(bits)(high[j % 8], 4 * (j / 8) + g, ONES, 2));
+                    K(bits)(lines[j], 2 * g, PAIRS, 0) | K(bits)(high[j % 8], 4 * (j / 8) + g, ONES, 2));
 }
 
 /* Eight 6-bit scales and minima and their f16 factors, the first 16 bytes of a block. */
@@ -300,7 +307,8 @@ static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, pane
 #define BY_ROW(name, group, minima)                                                                                    \
     static INLINE void K(scales_by_row_##name)(const uint8_t *b, int64_t stride, panel p) {                            \
         _Alignas(64) float scale[LANES][16], minimum[LANES][16];                                                       \
-        for (int r = 0; r < LANES; r++) K(scales_##name)((const block_##name *)(b + r * stride), scale[r], minimum[r]); \
+        for (int r = 0; r < LANES; r++)                                                                                \
+            K(scales_##name)((const block_##name *)(b + r * stride), scale[r], minimum[r]);                            \
         K(transpose)((uint8_t *)scale, 64, (uint8_t *)p.scale, STEP / (group));                                        \
         if (minima) K(transpose)((uint8_t *)minimum, 64, (uint8_t *)p.minimum, STEP / (group));                        \
     }
@@ -335,7 +343,8 @@ SUPER(iq4_xs)
 /* -- Steps put together: a panel of many columns, or the results of one token ------------------------------------------- */
 
 #define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
-    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p,                    \
+                                 const uint8_t *next) {                                                                \
         for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
             const int64_t at = k / (values) * (int64_t)sizeof(block_##name), g = k / (group) * LANES;                  \
             const K(sink) s = {{p.q + k * LANES, p.scale + g, p.minimum + g}, NULL, NULL, group, most};                \
@@ -374,7 +383,8 @@ SUPER(iq4_xs)
 /* -- Floats ----------------------------------------------------------------------------------------------------------------- */
 
 #define FLOATS(name, value, load)                                                                                      \
-    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p, const uint8_t *next) { \
+    static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p,                    \
+                                 const uint8_t *next) {                                                                \
         float *out = (float *)p.q;                                                                                     \
         for (int64_t k = 0; k < cols; k += 16) {                                                                       \
             _Alignas(64) float lines[LANES][LANES];                                                                    \

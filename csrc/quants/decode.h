@@ -40,29 +40,34 @@ static inline void K(six_bits)(const uint8_t *s, uint8_t *scales, uint8_t *mins)
     }
 }
 
-static inline void K(decode_q4_0)(const block_q4_0 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q4_0)(const block_q4_0 *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_q4_1)(const block_q4_1 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q4_1)(const block_q4_1 *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     K(nibbles)(b->qs, q, 16);
     scale[0] = K(half)(b->d);
     minimum[0] = K(half)(b->m);
 }
-static inline void K(decode_q5_0)(const block_q5_0 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q5_0)(const block_q5_0 *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     K(fifth_bits)(b->qh, q);
     scale[0] = K(half)(b->d);
 }
-static inline void K(decode_q5_1)(const block_q5_1 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q5_1)(const block_q5_1 *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     K(nibbles)(b->qs, q, 16);
     K(fifth_bits)(b->qh, q);
     scale[0] = K(half)(b->d);
     minimum[0] = K(half)(b->m);
 }
-static inline void K(decode_q8_0)(const block_q8_0 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q8_0)(const block_q8_0 *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     (void)minimum;
     for (int i = 0; i < 32; i++) q[i] = (uint8_t)b->qs[i] ^ 128;
     scale[0] = K(half)(b->d);
@@ -74,7 +79,8 @@ static inline void K(scales_q2_k)(const block_q2_k *b, float *restrict scale, fl
         minimum[s] = -dmin * (float)(b->scales[s] >> 4);
     }
 }
-static inline void K(decode_q2_k)(const block_q2_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q2_k)(const block_q2_k *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     for (int h = 0; h < 2; h++)
         for (int g = 0; g < 4; g++)
             for (int i = 0; i < 32; i++) q[128 * h + 32 * g + i] = b->qs[32 * h + i] >> 2 * g & 3;
@@ -89,7 +95,8 @@ static inline void K(scales_q3_k)(const block_q3_k *b, float *restrict scale, fl
         scale[s] = d * (float)((low | high << 4) - 32);
     }
 }
-static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     for (int h = 0; h < 2; h++)
         for (int g = 0; g < 4; g++)
             for (int i = 0; i < 32; i++)
@@ -106,7 +113,8 @@ static inline void K(scales_q4_k)(const block_q4_k *b, float *restrict scale, fl
         minimum[g] = -dmin * (float)m[g];
     }
 }
-static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
     K(scales_q4_k)(b, scale, minimum);
 }
@@ -119,7 +127,8 @@ static inline void K(scales_q5_k)(const block_q5_k *b, float *restrict scale, fl
         minimum[g] = -dmin * (float)m[g];
     }
 }
-static inline void K(decode_q5_k)(const block_q5_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q5_k)(const block_q5_k *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 32; i++) q[32 * g + i] |= (uint8_t)((b->qh[i] >> g & 1) << 4);
@@ -130,7 +139,8 @@ static inline void K(scales_q6_k)(const block_q6_k *b, float *restrict scale, fl
     const float d = K(half)(b->d);
     for (int s = 0; s < 16; s++) scale[s] = d * (float)b->scales[s];
 }
-static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *restrict q, float *restrict scale,
+                                  float *restrict minimum) {
     for (int h = 0; h < 2; h++) {
         const uint8_t *ql = b->ql + 64 * h, *qh = b->qh + 32 * h;
         uint8_t *out = q + 128 * h;
@@ -143,7 +153,8 @@ static inline void K(decode_q6_k)(const block_q6_k *b, uint8_t *restrict q, floa
     }
     K(scales_q6_k)(b, scale, minimum);
 }
-static inline void K(decode_iq4_nl)(const block_iq4_nl *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_iq4_nl)(const block_iq4_nl *b, uint8_t *restrict q, float *restrict scale,
+                                    float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     for (int i = 0; i < 32; i++) q[i] = K(iq4_table)[q[i]];
@@ -157,12 +168,14 @@ static inline void K(scales_iq4_xs)(const block_iq4_xs *b, float *restrict scale
         scale[g] = d * (float)((low | high << 4) - 32);
     }
 }
-static inline void K(decode_iq4_xs)(const block_iq4_xs *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_iq4_xs)(const block_iq4_xs *b, uint8_t *restrict q, float *restrict scale,
+                                    float *restrict minimum) {
     for (int g = 0; g < 8; g++) K(nibbles)(b->qs + 16 * g, q + 32 * g, 16);
     for (int i = 0; i < 256; i++) q[i] = K(iq4_table)[q[i]];
     K(scales_iq4_xs)(b, scale, minimum);
 }
-static inline void K(decode_mxfp4)(const block_mxfp4 *b, uint8_t *restrict q, float *restrict scale, float *restrict minimum) {
+static inline void K(decode_mxfp4)(const block_mxfp4 *b, uint8_t *restrict q, float *restrict scale,
+                                   float *restrict minimum) {
     (void)minimum;
     K(nibbles)(b->qs, q, 16);
     for (int i = 0; i < 32; i++) q[i] = K(fp4_table)[q[i]];

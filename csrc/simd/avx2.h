@@ -17,7 +17,8 @@ static INLINE vf K(fma)(vf x, vf y, vf z) {
 }
 static INLINE vf K(to_float)(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 static INLINE vf K(load_f16)(const f16 *p) {
-    return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1))};
+    return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+                _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1))};
 }
 static INLINE vf K(load_bf16)(const bf16 *p) {
     const __m128i *h = (const __m128i *)p;
@@ -91,7 +92,8 @@ static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_
         __m256i r[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
-            r[i] = _mm256_loadu2_m128i((const __m128i *)(rows + (i + 4) * stride), (const __m128i *)(rows + i * stride));
+            r[i] =
+                _mm256_loadu2_m128i((const __m128i *)(rows + (i + 4) * stride), (const __m128i *)(rows + i * stride));
         const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
         const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
         _mm256_storeu_si256((__m256i *)lines, _mm256_unpacklo_epi64(a, c));

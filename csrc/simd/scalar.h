@@ -80,8 +80,7 @@ static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
 }
 /* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. */
 static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
-    for (int j = 0; j < 4; j++)
-        EACH __builtin_memcpy(lines + 64 * j + 4 * i, rows + i * stride + 4 * j, 4);
+    for (int j = 0; j < 4; j++) EACH __builtin_memcpy(lines + 64 * j + 4 * i, rows + i * stride + 4 * j, 4);
 }
 static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 3); }
 #undef EACH

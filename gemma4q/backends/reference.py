@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..abi import PAGE, OpCode, Space, Status, TensorType
+from ..abi import PAGE, OpCode, RowFlag, Space, Status, TensorType
 from ..gguf.quants import dequantize
 from ..plan.batch import Batch, Limits
 from ..plan.builder import TOP
@@ -194,11 +194,12 @@ class ReferenceSession:
         kv = self.kv[op.args["kv_layer"]]
         store = self.pages[kv.layer]
         for s in self.batch.sequences[: int(self.batch.header["sequences"])]:
-            span = slice(s["first_row"], s["first_row"] + s["rows"])
-            page, at = self._slots(op, s, self.batch.rows[span]["position"])
-            shape = (-1, kv.kv_heads, kv.head_dim)
-            store[page, at, 0] = rounded(k[span].reshape(shape), self.kv_type)
-            store[page, at, 1] = rounded(v[span].reshape(shape), self.kv_type)
+            rows = np.arange(s["first_row"], s["first_row"] + s["rows"])
+            rows = rows[self.batch.rows[rows]["flags"] & RowFlag.NO_STORE == 0]
+            page, at = self._slots(op, s, self.batch.rows[rows]["position"])
+            shape = (len(rows), kv.kv_heads, kv.head_dim)
+            store[page, at, 0] = rounded(k[rows].reshape(shape), self.kv_type)
+            store[page, at, 1] = rounded(v[rows].reshape(shape), self.kv_type)
 
     def attend(self, op: Op, q, k_norm=None):
         kv, window = self.kv[op.args["kv_layer"]], op.args["window"]
