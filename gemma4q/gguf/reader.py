@@ -160,9 +160,7 @@ class _Part:
                 raise Gemma4qError("out_of_file", f"{name} ends {missing:,} bytes past the file: it is cut short")
             end = -(-(offset + size) // alignment) * alignment
             data = self.source.bytes[start + offset : start + offset + size]
-            self.tensors[name] = Tensor(
-                name, tensor_type, shape, self.number, start + offset, data, self.source.fileno
-            )
+            self.tensors[name] = Tensor(name, tensor_type, shape, self.number, start + offset, data, self.source.fileno)
         self.tensors = {info[0]: self.tensors[info[0]] for info in infos}
 
     def header(self) -> tuple[int, int]:
