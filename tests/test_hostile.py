@@ -159,7 +159,7 @@ class TestWhatChangesUnderneath:
 
 
 def fate(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gemma4q", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "gemma4q", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 

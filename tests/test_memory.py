@@ -122,7 +122,7 @@ def test_the_address_space_is_a_limit_too(tmp_path):
         f"resource.setrlimit(resource.RLIMIT_AS, ({4 << 30}, {4 << 30}))",
         "print(*available_memory())",
     )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     size, why = done.stdout.split(maxsplit=1)
     assert int(size) < 4 << 30
     assert "ulimit -v" in why or int(size) < 1 << 30
@@ -149,6 +149,6 @@ with gemma4q.load(sys.argv[1], backend=sys.argv[2], threads=1, context=8192) as 
 def test_memory_in_use_after_an_answer_is_what_was_planned(tmp_path):
     """Within a tenth, and a few MB that Python's own allocator keeps."""
     path = written(tmp_path, trained_for(100_000))
-    command = [sys.executable, "-c", MEASURE, str(path), "native"]
+    command = [sys.executable, "-P", "-c", MEASURE, str(path), "native"]
     used, planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert abs(used - planned) < 0.1 * planned + 8 * MB

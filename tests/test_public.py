@@ -244,4 +244,4 @@ def test_a_closed_model_says_so():
 
 def test_importing_costs_nothing_until_it_is_used():
     code = "import sys, gemma4q; sys.exit('numpy' in sys.modules or not callable(gemma4q.load))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

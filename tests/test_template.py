@@ -334,7 +334,7 @@ def test_bombs_stay_within_memory(tmp_path):
         "    except Gemma4qError as error:\n"
         "        assert 'MemoryError' not in error.message, source[:80]\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, corpus], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-P", "-c", program, corpus], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
 
 
