@@ -37,19 +37,18 @@ def run(model: str, words: tuple[str, ...], file: str | None, raw: bool, escape:
     with _load(model, values, quiet) as loaded:
         if not quiet and values["backend"] == "auto" and (slow := why_slow(loaded.backend.name)):
             warn(slow)
-        if not raw and not _can_chat(loaded, values["chat_template"]):
-            if text is None:
-                raise Gemma4qError("missing_key", f"{model} cannot chat: {NO_TEMPLATE}; --raw completes a text")
-            raw = True
-            if not quiet:
-                warn(f"{NO_TEMPLATE}: it completes the text, as with --raw")
+        mute = not raw and not _can_chat(loaded, values["chat_template"])
+        if mute and text is None:
+            raise Gemma4qError("missing_key", f"{model} cannot chat: {NO_TEMPLATE}; --raw completes a text")
         if text is None:
             _chat(loaded, how, values)
             return
         text = prompt.unescape(text) if escape else text
         display = Display(stream=not values["as_json"], thoughts=not values["hide_thinking"])
-        generation = loaded.generate(text, **how) if raw else _ask(loaded, text, how, values)
+        generation = loaded.generate(text, **how) if raw or mute else _ask(loaded, text, how, values)
         give(generation, display, quiet)
+        if mute and not quiet:  # after the answer: a failure is to be one line
+            warn(f"{NO_TEMPLATE}: it completed the text, as with --raw")
         if values["as_json"]:
             click.echo(_json(generation, display))
     if generation.finish == "cancelled":
