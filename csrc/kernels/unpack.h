@@ -1,8 +1,8 @@
 /* Panels: sixteen rows of a matrix, unpacked from the mapped blocks so that each lane holds a row.
  *
  * unpack(row 0 at column 0, bytes from row to row, rows that exist, columns, panel, the region to prefetch). Rows that
- * do not exist repeat row 0. 256 columns at a time: bytes are gathered from each row and turned,
- * dwords, and split into q where all lanes do the same. The next panel is one contiguous region, prefetched as one
+ * do not exist repeat row 0. 256 columns at a time: bytes are gathered from each row, turned
+ * dword by dword, and split into q where all lanes do the same. The next panel is one contiguous region, prefetched as one
  * stream, a share with each step.
  */
 

@@ -160,6 +160,10 @@ class PortableSession(ReferenceSession):
                     self.result["status"] = Status.CANCELLED
                 if self.result["status"] != Status.OK:
                     break
+                if not self.count[op.space]:
+                    if op.out is not None:
+                        self.buffers[op.out] = np.zeros((0, op.out.width), np.float32)
+                    continue
                 inputs = [self.buffers[b] for b in op.inputs]
                 out = getattr(self, op.code.name.lower())(op, *inputs, *map(self.weight, self._matrices(op)))
                 for dead in [b for b in op.inputs if self.last[b] == i]:
