@@ -50,13 +50,8 @@ int32_t chunk_count(const op *o, const context *c) {
             return (w->rows + share - 1) / share;
         }
         case OP_ATTEND: {
-            /* As attend.h cuts it. */
-            const int32_t group = o->heads / o->kv_heads;
-            int32_t heads = group < ATTEND_ROWS ? group : ATTEND_ROWS, together = ATTEND_ROWS / heads;
-            while (together > 1 && rows * o->kv_heads / together < 2 * c->threads) together /= 2;
-            while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads)
-                heads = (heads + 1) / 2;
-            return (rows + together - 1) / together * o->kv_heads * ((group + heads - 1) / heads);
+            const attend_cut cut = attend_share(o, c);
+            return (rows + cut.rows - 1) / cut.rows * o->kv_heads * cut.parts;
         }
         case OP_EXPERTS_UP: {
             const weight *w = &c->weights[o->weight[0]];

@@ -127,6 +127,15 @@ static inline int32_t experts_up_share(const weight *w, int32_t rows) {
 static inline int32_t experts_down_share(const weight *w, int32_t rows, int32_t threads) {
     return share_rows(w->rows, row_bytes(w->type, w->cols), rows, threads);
 }
+/* How attention is cut: heads of a KV head that go together, the parts that makes of its group, rows that go together. */
+typedef struct { int32_t heads, parts, rows; } attend_cut;
+static inline attend_cut attend_share(const op *o, const context *c) {
+    const int32_t group = o->heads / o->kv_heads, rows = rows_of(o, c);
+    int32_t heads = group < ATTEND_ROWS ? group : ATTEND_ROWS, together = ATTEND_ROWS / heads;
+    while (together > 1 && rows * o->kv_heads / together < 2 * c->threads) together /= 2;
+    while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads) heads = (heads + 1) / 2;
+    return (attend_cut){heads, (group + heads - 1) / heads, together};
+}
 int32_t chunk_count(const op *, const context *);
 
 /* -- Rows read by pread ------------------------------------------------------------------------ */

@@ -199,6 +199,16 @@ def test_rows_whose_result_is_not_wanted_need_not_be_computed(name, isa):
 
 
 @each_golden
+@everywhere
+def test_a_step_of_which_nothing_is_wanted_prepares_the_next(name, backend, isa):
+    """As a prompt of several steps has it: the first only fills the cache."""
+    ids = golden(name)["ids"]
+    runner = Runner(model(name), backend, isa)
+    assert runner.logits(step(ids[:70], want=np.zeros(70, int))).size == 0
+    assert np.abs(runner.logits(step(ids[70:], 70)) - golden(name)["logits"][70:]).max() < LINE
+
+
+@each_golden
 @each_isa
 def test_what_is_rolled_back_leaves_no_trace(name, isa):
     ids, runner = golden(name)["ids"], Runner(model(name), isa=isa)

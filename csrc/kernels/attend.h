@@ -274,25 +274,14 @@ BLOCKS_FOR(Q8_0)
 #undef BLOCKS_FOR
 #undef BLOCKS_OF
 
-/* How the work is cut: heads of a KV head that go together, rows that go together. */
-typedef struct { int32_t heads, parts, rows; } K(attend_share);
-static inline K(attend_share) K(share_of)(const op *o, const context *c) {
-    const int32_t group = o->heads / o->kv_heads, rows = rows_of(o, c);
-    int32_t heads = group < ATTEND_ROWS ? group : ATTEND_ROWS;
-    int32_t together = ATTEND_ROWS / heads;
-    while (together > 1 && rows * o->kv_heads / together < 2 * c->threads) together /= 2;
-    while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads) heads = (heads + 1) / 2;
-    return (K(attend_share)){heads, (group + heads - 1) / heads, together};
-}
-
 static void K(attend)(const op *o, const context *c, int32_t chunk) {
-    const K(attend_share) share = K(share_of)(o, c);
+    const attend_cut cut = attend_share(o, c);
     const kv_layer *l = &c->kv[o->kv_layer];
     const int32_t group = o->heads / o->kv_heads, dim = o->head_dim;
-    const int32_t part = chunk % share.parts, kv_head = chunk / share.parts % o->kv_heads;
-    const int32_t row0 = chunk / share.parts / o->kv_heads * share.rows;
-    const int32_t head0 = kv_head * group + part * share.heads;
-    const int32_t heads = group - part * share.heads < share.heads ? group - part * share.heads : share.heads;
+    const int32_t part = chunk % cut.parts, kv_head = chunk / cut.parts % o->kv_heads;
+    const int32_t row0 = chunk / cut.parts / o->kv_heads * cut.rows;
+    const int32_t head0 = kv_head * group + part * cut.heads;
+    const int32_t heads = group - part * cut.heads < cut.heads ? group - part * cut.heads : cut.heads;
     const float *k_norm = o->from_values ? (const float *)(uintptr_t)c->weights[o->weight[0]].data : NULL;
     float *scratch = (float *)c->scratch;
     float *keys = scratch, *values = keys + ATTEND_ROWS * MAX_HEAD_DIM;
@@ -304,10 +293,10 @@ static void K(attend)(const op *o, const context *c, int32_t chunk) {
                       .scores = values + ATTEND_ROWS * MAX_HEAD_DIM,
                       .part = values + ATTEND_ROWS * (MAX_HEAD_DIM + ATTEND_BLOCK),
                       .out = values + ATTEND_ROWS * (2 * MAX_HEAD_DIM + ATTEND_BLOCK)};
-    for (int32_t row = row0; row < row0 + share.rows && row < rows_of(o, c);) {
+    for (int32_t row = row0; row < row0 + cut.rows && row < rows_of(o, c);) {
         const int32_t sequence = row_info(o, c, row)->sequence, begin = row;
         int32_t first = INT32_MAX, last = -1, n = 0;
-        for (; row < row0 + share.rows && row < rows_of(o, c) && row_info(o, c, row)->sequence == sequence; row++) {
+        for (; row < row0 + cut.rows && row < rows_of(o, c) && row_info(o, c, row)->sequence == sequence; row++) {
             const batch_row *info = row_info(o, c, row);
             const int32_t reach = o->window || info->reach < info->position ? info->reach : info->position;
             const int32_t from = o->window && info->position >= o->window ? info->position - o->window + 1 : 0;

@@ -104,35 +104,27 @@ static inline void K(decode_q3_k)(const block_q3_k *b, uint8_t *restrict q, floa
                     (uint8_t)((b->qs[32 * h + i] >> 2 * g & 3) | (b->hmask[i] >> (4 * h + g) & 1) << 2);
     K(scales_q3_k)(b, scale, minimum);
 }
-static inline void K(scales_q4_k)(const block_q4_k *b, float *restrict scale, float *restrict minimum) {
+/* Of Q4_K and Q5_K: eight 6-bit scales and minima. */
+static inline void K(scales_of_eight)(f16 d, f16 dmin, const uint8_t six[12], float *restrict scale,
+                                      float *restrict minimum) {
     uint8_t s[8], m[8];
-    K(six_bits)(b->scales, s, m);
-    const float d = K(half)(b->d), dmin = K(half)(b->dmin);
+    K(six_bits)(six, s, m);
     for (int g = 0; g < 8; g++) {
-        scale[g] = d * (float)s[g];
-        minimum[g] = -dmin * (float)m[g];
+        scale[g] = K(half)(d) * (float)s[g];
+        minimum[g] = -K(half)(dmin) * (float)m[g];
     }
 }
 static inline void K(decode_q4_k)(const block_q4_k *b, uint8_t *restrict q, float *restrict scale,
                                   float *restrict minimum) {
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
-    K(scales_q4_k)(b, scale, minimum);
-}
-static inline void K(scales_q5_k)(const block_q5_k *b, float *restrict scale, float *restrict minimum) {
-    uint8_t s[8], m[8];
-    K(six_bits)(b->scales, s, m);
-    const float d = K(half)(b->d), dmin = K(half)(b->dmin);
-    for (int g = 0; g < 8; g++) {
-        scale[g] = d * (float)s[g];
-        minimum[g] = -dmin * (float)m[g];
-    }
+    K(scales_of_eight)(b->d, b->dmin, b->scales, scale, minimum);
 }
 static inline void K(decode_q5_k)(const block_q5_k *b, uint8_t *restrict q, float *restrict scale,
                                   float *restrict minimum) {
     for (int g = 0; g < 4; g++) K(nibbles)(b->qs + 32 * g, q + 64 * g, 32);
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 32; i++) q[32 * g + i] |= (uint8_t)((b->qh[i] >> g & 1) << 4);
-    K(scales_q5_k)(b, scale, minimum);
+    K(scales_of_eight)(b->d, b->dmin, b->scales, scale, minimum);
 }
 static inline void K(scales_q6_k)(const block_q6_k *b, float *restrict scale, float *restrict minimum) {
     (void)minimum;

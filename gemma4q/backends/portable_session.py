@@ -8,10 +8,11 @@ import os
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
-from ..abi import BLOCKS, PAGE, OpCode, RowFlag, Space, Status, TensorType, row_bytes
+from ..abi import BLOCKS, PAGE, OpCode, RowFlag, Status, TensorType, row_bytes
 from ..gguf.quants import dequantize
 from ..plan.batch import Batch, Limits
 from ..plan.builder import TOP
@@ -149,33 +150,13 @@ class PortableSession(ReferenceSession):
         return [store for layer, stores in self.pages.items() if self.kv[layer].local == local for store in stores]
 
     def run(self, batch: Batch, first_op: int = 0, end_op: int | None = None) -> StepResult:
-        self.batch = batch
-        self.count = {Space.ROW: int(batch.header["rows"]), Space.WANTED: int(batch.header["wanted"]), Space.FIXED: 1}
-        self.cancelled = False
-        self.result: dict = {"status": Status.OK, "bad_row": -1}
-        self.touched: dict[tuple[int, int], int] = {}
-        with np.errstate(over="ignore", invalid="ignore"):
-            for i, op in list(enumerate(self.plan.ops))[first_op:end_op]:
-                if self.cancelled:
-                    self.result["status"] = Status.CANCELLED
-                if self.result["status"] != Status.OK:
-                    break
-                if not self.count[op.space]:
-                    if op.out is not None:
-                        self.buffers[op.out] = np.zeros((0, op.out.width), np.float32)
-                    continue
-                inputs = [self.buffers[b] for b in op.inputs]
-                out = getattr(self, op.code.name.lower())(op, *inputs, *map(self.weight, self._matrices(op)))
-                for dead in [b for b in op.inputs if self.last[b] == i]:
-                    self.buffers.pop(dead, None)
-                if op.out is not None:
-                    self.buffers[op.out] = out
-        empty = np.zeros((0, 0), np.float32)
-        return StepResult(
-            self.result["status"], self.result["bad_row"], self.buffers.get(self.plan.logits, empty),
-            self.buffers.get(self.plan.hidden, empty), *(self.result.get(k, empty) for k in ("ids", "values", "lse")),
-            weight_bytes=sum(self.touched.values()),
-        )  # fmt: skip
+        self.touched.clear()
+        return replace(super().run(batch, first_op, end_op), weight_bytes=sum(self.touched.values()))
+
+    def _run_op(self, number: int, op: Op) -> None:
+        super()._run_op(number, op)
+        for dead in [b for b in op.inputs if self.last[b] == number and b != op.out]:
+            self.buffers.pop(dead, None)
 
     def weight(self, w: Weight) -> "np.ndarray | Panels":
         return self.panels.get(w) or super().weight(w)

@@ -111,23 +111,25 @@ class ReferenceSession:
         self.cancelled = False
         self.result: dict = {"status": Status.OK, "bad_row": -1}
         with np.errstate(over="ignore", invalid="ignore"):
-            for op in self.plan.ops[first_op:end_op]:
+            for number, op in list(enumerate(self.plan.ops))[first_op:end_op]:
                 if self.cancelled:
                     self.result["status"] = Status.CANCELLED
+                if self.result["status"] != Status.OK:
                     break
-                if not self.count[op.space]:
-                    if op.out is not None:
-                        self.buffers[op.out] = np.zeros((0, op.out.width), np.float32)
-                    continue
-                inputs = [self.buffers[b] for b in op.inputs]
-                out = getattr(self, op.code.name.lower())(op, *inputs, *map(self.weight, self._matrices(op)))
-                if op.out is not None:
-                    self.buffers[op.out] = out
+                self._run_op(number, op)
         empty = np.zeros((0, 0), np.float32)
         return StepResult(
             self.result["status"], self.result["bad_row"], self.buffers.get(self.plan.logits, empty),
             self.buffers.get(self.plan.hidden, empty), *(self.result.get(k, empty) for k in ("ids", "values", "lse")),
         )  # fmt: skip
+
+    def _run_op(self, number: int, op: Op) -> None:
+        out = np.zeros((0, op.out.width if op.out else 0), np.float32)
+        if self.count[op.space]:
+            inputs = [self.buffers[b] for b in op.inputs]
+            out = getattr(self, op.code.name.lower())(op, *inputs, *map(self.weight, self._matrices(op)))
+        if op.out is not None:
+            self.buffers[op.out] = out
 
     def _matrices(self, op: Op) -> tuple[Weight, ...]:
         """All weights but look-up tables, of which one row is dequantised at a time."""
