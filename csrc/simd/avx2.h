@@ -102,4 +102,4 @@ static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_
         _mm256_storeu_si256((__m256i *)(lines + 192), _mm256_unpackhi_epi64(b, d));
     }
 }
-static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T0); }
+static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }

@@ -67,4 +67,4 @@ static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_
     _mm512_store_si512(lines + 128, _mm512_unpacklo_epi64(b, d));
     _mm512_store_si512(lines + 192, _mm512_unpackhi_epi64(b, d));
 }
-static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T0); }
+static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }

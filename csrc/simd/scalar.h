@@ -82,5 +82,5 @@ static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
 static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
     for (int j = 0; j < 4; j++) EACH __builtin_memcpy(lines + 64 * j + 4 * i, rows + i * stride + 4 * j, 4);
 }
-static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 3); }
+static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 2); }
 #undef EACH
