@@ -22,6 +22,9 @@ COMMANDS = {  # name: (module, what it does)
     "tokenize": ("tokens", "Print the tokens of a text."),
     "detokenize": ("tokens", "Print the text of token ids."),
     "template": ("tokens", "Print a conversation as the model reads it."),
+    "convert": ("convert", "Write a Hugging Face model directory as a GGUF file."),
+    "split": ("split", "Cut a model file into parts."),
+    "merge": ("split", "Join the parts of a model file."),
     "doctor": ("doctor", "Print what this machine can do, and why."),
 }
 INTERRUPTED = 130

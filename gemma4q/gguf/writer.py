@@ -61,26 +61,45 @@ def write_gguf(
     The alignment is metadata's `general.alignment`, or 32. Raises bad_tensor_data when a tensor's chunks are not as
     long as its shape and type say; then, as after any error, no file is left.
     """
-    path, types = Path(path), types or {}
-    alignment = metadata.get("general.alignment", 32)
+    path, alignment = Path(path), metadata.get("general.alignment", 32)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)))
-            for key, value in metadata.items():
-                file.write(_string(key) + _value(value, types.get(key) or natural_type(value)))
-            offset = 0
-            for tensor in tensors:
-                file.write(_info(tensor, offset))
-                offset += -(-tensor.nbytes // alignment) * alignment
-            for tensor in tensors:
-                _pad(file, alignment)
-                _stream(file, tensor)
-            _pad(file, alignment)
+            file.write(header(metadata, tensors, types or {}, alignment))
+            write_tensors(file, tensors, alignment)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def header(
+    metadata: Mapping[str, Value | Sequence[str | bytes]],
+    tensors: Sequence[TensorData],
+    types: Mapping[str, Types],
+    alignment: int,
+) -> bytes:
+    """All that stands before the tensors' data, padding included."""
+    out = [struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        out.append(_string(key) + _value(value, types.get(key) or natural_type(value)))
+    offset = 0
+    for tensor in tensors:
+        out.append(_info(tensor, offset))
+        offset += -(-tensor.nbytes // alignment) * alignment
+    whole = b"".join(out)
+    return whole + bytes(-len(whole) % alignment)
+
+
+def write_tensors(file: BinaryIO, tensors: Iterable[TensorData], alignment: int) -> None:
+    """Writes tensors' data at the file's position, which is aligned and stays so. Raises bad_tensor_data."""
+    for tensor in tensors:
+        start = file.tell()
+        for chunk in tensor.chunks():
+            file.write(np.ascontiguousarray(chunk).data if isinstance(chunk, np.ndarray) else chunk)
+        if (written := file.tell() - start) != tensor.nbytes:
+            raise Gemma4qError("bad_tensor_data", f"{tensor.name}: {written} bytes given, {tensor.nbytes} needed")
+        file.write(bytes(-file.tell() % alignment))
 
 
 def natural_type(value: Value | Sequence[str | bytes]) -> Types:
@@ -113,15 +132,3 @@ def _value(value: Value | Sequence[str | bytes], types: Types) -> bytes:
 def _info(tensor: TensorData, offset: int) -> bytes:
     dims = len(tensor.shape)
     return _string(tensor.name) + struct.pack(f"<I{dims}QIQ", dims, *tensor.shape[::-1], tensor.type, offset)
-
-
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
-
-
-def _stream(file: BinaryIO, tensor: TensorData) -> None:
-    start = file.tell()
-    for chunk in tensor.chunks():
-        file.write(np.ascontiguousarray(chunk).data if isinstance(chunk, np.ndarray) else chunk)
-    if (written := file.tell() - start) != tensor.nbytes:
-        raise Gemma4qError("bad_tensor_data", f"{tensor.name}: {written} bytes given, {tensor.nbytes} needed")

@@ -1,0 +1,165 @@
+"""Files that appear whole or not at all: written beside their names, then renamed, all parts of a model together.
+
+Owns room on the disk, what an interruption leaves, and that no input is overwritten; what is written is the caller's.
+A `NAME.part` that a killed run left is written over, or swept away, by the next run that writes NAME.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import Gemma4qError
+from ..gguf.writer import TensorData, Types, header, write_tensors
+
+SUFFIX = ".part"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A GGUF file to be."""
+
+    path: Path
+    metadata: Mapping[str, object]
+    types: Mapping[str, Types]
+    tensors: Sequence[TensorData]
+
+    @property
+    def alignment(self) -> int:
+        return self.metadata.get("general.alignment", 32)
+
+    @cached_property
+    def header(self) -> bytes:
+        return header(self.metadata, self.tensors, self.types, self.alignment)
+
+    @property
+    def nbytes(self) -> int:
+        align = self.alignment
+        return len(self.header) + sum(-(-tensor.nbytes // align) * align for tensor in self.tensors)
+
+
+def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Progress | None = None) -> None:
+    """Writes all files, or none; files of the same names are replaced once all is written.
+
+    `inputs`: descriptors of open files that are read meanwhile and must not be written to. Raises same_file, not_found,
+    not_writable, no_space, busy, io; and whatever making the tensors raises.
+    """
+    for file in planned:
+        _check_target(file.path, inputs)
+    total = sum(file.nbytes for file in planned)
+    parts: list[tuple[Path, BinaryIO]] = []
+    try:
+        _sweep(planned)
+        for file in planned:
+            parts.append(_open_part(file.path))
+        _check_room(planned[0].path.parent, total)
+        done = 0
+        for file, (_, out) in zip(planned, parts, strict=True):
+            out.write(file.header)
+            for tensor in file.tensors:
+                write_tensors(out, [tensor], file.alignment)
+                done += tensor.nbytes
+                if progress:
+                    progress(done, total)
+            out.flush()
+            os.fsync(out.fileno())
+        _appear([file.path for file in planned], [path for path, _ in parts])
+    except BaseException as error:
+        for path, _ in parts:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _explained(error, planned[0].path) from None
+        raise
+    finally:
+        for _, out in parts:
+            with contextlib.suppress(OSError):
+                out.close()
+
+
+def _check_target(path: Path, inputs: Iterable[int]) -> None:
+    if path.is_dir():
+        raise Gemma4qError("not_a_file", f"{path} is a directory")
+    if not path.parent.is_dir():
+        raise Gemma4qError("not_found", f"{path.parent}: there is no such directory")
+    if path.exists():
+        if not path.is_file():
+            raise Gemma4qError("not_a_file", f"{path} is no regular file")
+        found = os.stat(path)
+        if any((s.st_dev, s.st_ino) == (found.st_dev, found.st_ino) for s in map(os.fstat, inputs)):
+            raise Gemma4qError("same_file", f"{path} is what is read: choose another name")
+
+
+def _open_part(path: Path) -> tuple[Path, BinaryIO]:
+    """The file beside `path`, empty and ours alone."""
+    part = path.with_name(path.name + SUFFIX)
+    fileno = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    out = open(fileno, "wb", buffering=1 << 20)  # noqa: SIM115 (the caller closes it)
+    if not _locked(out):
+        out.close()
+        raise Gemma4qError("busy", f"{part} is being written by another process")
+    out.truncate(0)
+    return part, out
+
+
+def _locked(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _sweep(planned: Sequence[Planned]) -> None:
+    """Removes what a killed run left of a model of this name cut into other parts."""
+    path = planned[0].path
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.gguf" + re.escape(SUFFIX))
+    for stale in path.parent.iterdir():
+        if ours.fullmatch(stale.name) and stale.is_file() and not stale.is_symlink():
+            with open(stale, "ab") as file:
+                if _locked(file):
+                    stale.unlink(missing_ok=True)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    status = os.statvfs(folder)
+    if (free := status.f_bavail * status.f_frsize) < needed:
+        raise Gemma4qError("no_space", f"{folder} has {free:,} bytes free; {needed:,} are needed")
+
+
+def _appear(paths: Sequence[Path], parts: Sequence[Path]) -> None:
+    """Renames all parts. The first is last to come and first to go: without it the others are no model."""
+    if len(paths) > 1:
+        paths[0].unlink(missing_ok=True)
+    done: list[Path] = []
+    try:
+        for path, part in reversed(list(zip(paths, parts, strict=True))):
+            os.replace(part, path)
+            done.append(path)
+    except BaseException:
+        for path in done:
+            path.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # not every file system knows it
+        folder = os.open(paths[0].parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _explained(error: OSError, path: Path) -> Gemma4qError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Gemma4qError("no_space", f"{path}: {error.strerror}")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG):
+        return Gemma4qError("not_writable", f"{path}: {error.strerror}")
+    return Gemma4qError("io", f"{path}: {error.strerror or error}")
