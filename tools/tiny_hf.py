@@ -4,7 +4,7 @@
     python tools/tiny_hf.py --all out                all, each under its name
 
 Needs numpy alone, and gives the same bytes everywhere: tests hold the converter to digests of what llama.cpp's makes of
-these directories. Real sizes with other numbers make the 62 GB directory of the memory test (`sparse`).
+these directories (convert_oracle.py). `sparse` makes directories of published sizes, for tests of memory and time.
 """
 
 import argparse
@@ -360,9 +360,9 @@ def make(kind: str, folder: Path) -> Path:
     return folder
 
 
-def sparse(model: str, folder: Path, shards: int = 4) -> Path:
-    """A directory of a published size whose weights are holes in the files: no disk, all zeros. No tokenizer's size."""
-    shape = replace(SHAPES[model], vocab=512)
+def sparse(shape: Shape, folder: Path, shards: int = 4) -> Path:
+    """A text model of any size whose weights are holes in the files: no disk, all zeros. The vocabulary is tiny's."""
+    shape = replace(shape, vocab=512)
     folder.mkdir(parents=True, exist_ok=True)
     entries = sorted(text_tensors(shape, "model.language_model."))
     weight_map = {}
