@@ -200,7 +200,7 @@ def _rounded(count: int) -> str:
 
 
 def file_name(keys: dict[str, object], outtype: str, mmproj: bool) -> str:
-    """What llama.cpp would call the output: `gemma-4-E2B-it-4.6B-BF16.gguf`."""
+    """What llama.cpp would call the output: `gemma-4-26B-A4B-it-BF16.gguf`."""
     parts = [keys.get("general.basename") or keys["general.name"], None if mmproj else keys.get("general.size_label")]
     parts += [keys.get("general.finetune"), keys.get("general.version"), outtype.upper()]
     name = "-".join(str(part).strip().replace(" ", "-").replace("/", "-") for part in parts if part)
