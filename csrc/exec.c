@@ -78,6 +78,13 @@ static int64_t now(void) {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+/* Adds what has passed since `before`; gives the time now. */
+static int64_t count_time(int64_t *time, int64_t before) {
+    const int64_t after = now();
+    *time += after - before;
+    return after;
+}
+
 /* Bytes of weights an op reads: each matrix once, an expert once however many rows chose it. */
 static int64_t bytes_read(const op *o, const context *c) {
     const int expert = o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN;
@@ -114,7 +121,30 @@ static int64_t coming(const session *s, const context *c, int32_t number, int32_
     return bytes < AHEAD_BYTES ? bytes : AHEAD_BYTES;
 }
 
-/* Thread 0 alone runs ops of one chunk, so a row of them needs no barrier in between. */
+static void run_op(session *s, int32_t number, int32_t chunks, const context *c, int32_t thread) {
+    const kernel run = s->kernels->ops[s->ops[number].code];
+    if (chunks != 1 || s->chunks[number] == LATER) take_chunks(s, number, chunks, run, c, thread);
+    else if (thread == 0) run(&s->ops[number], c, 0);
+}
+
+#ifdef LENGTHEN
+/* For tests of the bench: on every thread, the kernel of this name takes so many percent longer. */
+static void run_longer(session *s, int32_t number, int32_t chunks, const context *c, int32_t thread) {
+    const op *o = &s->ops[number];
+    const char *name = s->kernels->names[o->code];
+    if (o->code == OP_MATMUL) name = s->kernels->matmul_names[s->weights[o->weight[0]].type];
+    const size_t length = strlen(LENGTHEN);
+    const int64_t start = now();
+    run_op(s, number, chunks, c, thread);
+    if (strncmp(name, LENGTHEN, length) || name[length] != '_' || strcmp(name + length + 1, s->kernels->isa)) return;
+    for (const int64_t end = start + (now() - start) * (100 + LENGTHEN_PERCENT) / 100; now() < end;) {
+    }
+}
+#define run_op run_longer
+#endif
+
+/* Thread 0 alone runs ops of one chunk, so a row of them needs no barrier in between. An op's time ends when all
+ * threads are done with it: waiting for them is the doing of the op before a barrier. */
 static void share(void *arg, int32_t thread, int32_t threads) {
     session *s = arg;
     context c = s->step;
@@ -128,21 +158,13 @@ static void share(void *arg, int32_t thread, int32_t threads) {
             const uint8_t *ahead = NULL;
             const int64_t bytes = coming(s, &c, s->matmul[i], thread, &ahead);
             pool_barrier(s->threads, ahead, bytes);
+            if (before && i > s->first) before = count_time(&times[i - 1], before);
             if (atomic_load_explicit(&s->stopped, memory_order_relaxed)) return;
         }
         const int32_t chunks = s->chunks[i] == LATER ? chunk_count(o, &c) : s->chunks[i];
-        const kernel run = s->kernels->ops[o->code];
         if (thread == 0 && chunks) c.result->weight_bytes += bytes_read(o, &c);
-        if (chunks == 1 && s->chunks[i] != LATER) {
-            if (thread == 0) run(o, &c, 0);
-        } else {
-            take_chunks(s, i, chunks, run, &c, thread);
-        }
-        if (before) {
-            const int64_t after = now();
-            times[i] += after - before;
-            before = after;
-        }
+        run_op(s, i, chunks, &c, thread);
+        if (before) before = count_time(&times[i], before);
     }
 }
 
