@@ -26,6 +26,7 @@ COMMANDS = {  # name: (module, what it does)
     "split": ("split", "Cut a model file into parts."),
     "merge": ("split", "Join the parts of a model file."),
     "doctor": ("doctor", "Print what this machine can do, and why."),
+    "bench": ("bench", "Measure speed, and tell whether a change made it slower."),
 }
 INTERRUPTED = 130
 

@@ -1,0 +1,1 @@
+"""How fast, beside what: benchmarks, two builds in turns, and what was measured before."""
