@@ -5,6 +5,7 @@ tools/convert_oracle.py makes it anew.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +35,12 @@ UNLIKE: dict[str, str] = {}
 # Tensors that llama.cpp's converter drops, and we keep.
 KEPT = {"e2b-assistant": {"masked_embd_centroids.weight", "masked_embd_ordering"}}
 JOBS = [convert_oracle.job_name(*job) for job in convert_oracle.JOBS]
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch) -> None:
+    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
+    monkeypatch.setattr(os, "fsync", lambda fileno: None)
 
 
 @pytest.fixture(scope="module")
@@ -261,10 +268,10 @@ def resident(shape: shapes.Shape, tmp_path: Path, outtype: str) -> tuple[int, in
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    small = replace(shapes.SHAPES["e2b"], layers=10, shared=5)
+    small = replace(shapes.SHAPES["e2b"], layers=3, period=3, shared=0)
     most, size = resident(small, tmp_path, "q8_0")
-    assert size > 200e6
-    assert most < 400e6
+    assert size > 100e6
+    assert most < 300e6
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,7 @@ def assistant_config(kind: str, shape: Shape) -> dict:
             "num_centroids": CENTROIDS, "centroid_intermediate_top_k": 4, "tie_word_embeddings": True}  # fmt: skip
 
 
+@cache
 def tokenizer_files(size: int) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json of Gemma 4's make."""
     vocab = vocabulary(size, CORPUS.read_text())

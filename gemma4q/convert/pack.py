@@ -22,8 +22,8 @@ OUTTYPES = {"f32": TensorType.F32, "bf16": TensorType.BF16, "f16": TensorType.F1
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type, as llama.cpp numbers recipes
 FLOATS = {"F64": None, "F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 I32 = 26  # ggml's number; nothing computes with it
-PIECE = 1 << 19  # values read at once: what quantising needs of it stays in a core's cache
-AHEAD = 4  # pieces being packed while one is written
+PIECE = 1 << 17  # values read at once: what quantising needs of them stays in a core's cache
+AHEAD = 8  # pieces being packed while one is written
 
 Change = Callable[[np.ndarray], np.ndarray]
 

@@ -1,0 +1,466 @@
+"""Bad input to `gemma4q convert`: each fault is one line that names the file, key or tensor, and nothing is written."""
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma4q import Gemma4qError
+from gemma4q.convert.convert import planned
+from gemma4q.convert.safetensors import open_checkpoint
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import tiny_hf
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch) -> None:
+    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
+    monkeypatch.setattr(os, "fsync", lambda fileno: None)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tiny_hf.make("31b", tmp_path / "hf")
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    return tiny_hf.make("26b", tmp_path / "hf")
+
+
+def refused(folder: Path, out: Path | None = None, **options) -> str:
+    """What converting says, having written nothing."""
+    before = sorted(folder.parent.rglob("*"))
+    with pytest.raises(Gemma4qError) as caught, planned(folder, out or folder.parent / "out.gguf", **options) as found:
+        found.write()
+    assert sorted(folder.parent.rglob("*")) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def header_of(path: Path) -> tuple[dict, bytes]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_header(path: Path, header: dict | str, data: bytes, length: int | None = None) -> None:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def edit_header(path: Path, change: Callable[[dict], object]) -> None:
+    header, data = header_of(path)
+    change(header)
+    write_header(path, header, data)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Writes the 31b's tensors (F32) anew after a change."""
+    tensors = {name: tiny_hf.random(name, dims) for name, dims in tiny_hf.contents("31b")[1]}
+    change(tensors)
+    entries = [(name, value.shape, "F32") for name, value in tensors.items()]
+    (folder / WEIGHTS).write_bytes(
+        tiny_hf.header(entries) + b"".join(v.astype("<f4").tobytes() for v in tensors.values())
+    )
+
+
+# -- Directories -----------------------------------------------------------------------------------
+
+
+def test_what_is_no_model_directory_is_said(folder, tmp_path):
+    assert refused(tmp_path / "none") == f"not_found: {tmp_path / 'none'} does not exist"
+    assert refused(folder / "config.json").startswith("not_a_directory: ")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refused(tmp_path / "empty")
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    assert "its weights are PyTorch files" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_lora_adapter_is_refused_in_clear_words(folder, name):
+    (folder / name).write_text("{}")
+    assert refused(folder).startswith(f"lora: {folder} holds a LoRA adapter ({name}), not a model: merge it")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c.update(architectures=["LlamaForCausalLM"]), "bad_arch: {} is a LlamaForCausalLM; converted are "),
+        (lambda c: c.pop("architectures"), "bad_arch: {} names no architecture"),
+        (lambda c: c.update(architectures="x"), "bad_arch: {} names no architecture"),
+        (lambda c: c.update(quantization_config={"quant_method": "gptq"}), "quantised: {} holds quantised weights"),
+        (lambda c: c.update(text_config=[]), "bad_config: {}/config.json: text_config is not an object"),
+        (lambda c: c["text_config"].pop("hidden_size"), "bad_config: {}/config.json: hidden_size is missing"),
+        (lambda c: c["text_config"].update(head_dim="x"), "bad_config: {}/config.json: head_dim is 'x'"),
+        (
+            lambda c: c["text_config"].update(num_hidden_layers=10**9),
+            "bad_config: {}/config.json: num_hidden",
+        ),
+        (lambda c: c["text_config"].update(layer_types=["full_attention"]), "bad_config: {}/config.json: layer_types"),
+        (lambda c: c["text_config"].update(rope_parameters=3), "bad_config: {}/config.json: rope_parameters.full"),
+        (lambda c: c["text_config"].update(num_kv_shared_layers=-1), "bad_config: {}/config.json: num_kv_shared"),
+        (lambda c: c["text_config"].update(num_attention_heads=7), "bad_hparam: gemma4.attention.head_count_kv"),
+        (lambda c: c["text_config"].update(rms_norm_eps=7), "bad_hparam: gemma4.attention.layer_norm_rms_epsilon is 7"),
+        (lambda c: c["text_config"].update(use_bidirectional_attention="all"), "bad_arch: {} is an embedding model"),
+    ],
+)
+def test_a_config_that_is_no_gemma_4_is_said(folder, change, said):
+    edit_json(folder / "config.json", change)
+    assert refused(folder).startswith(said.format(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "bad_json: "),
+        ("[1]", "bad_json: {} is not a JSON object"),
+        ("[" * 100_000, "bad_json: {} is nested too deeply"),
+        ('{"a": 1, "a": 2}', "bad_json: {}: 'a' appears twice"),
+        ("{" + "9" * 5000 + "}", "bad_json: "),
+        (b"\xff\xfe{", "bad_string: {} is not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"])
+def test_json_that_cannot_be_read_is_said(folder, name, text, said):
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    assert refused(folder).startswith(said.format(folder / name))
+
+
+# -- Tokenizers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t["model"].update(type="Unigram"), "it is no byte pair encoding"),
+        (lambda t: t["model"].pop("merges"), "vocab, merges or added_tokens are missing"),
+        (lambda t: t["model"]["vocab"].update(new=10**9), "token 'new' has the id 1000000000"),
+        (lambda t: t["model"]["vocab"].update(new="x"), "token 'new' has the id 'x'"),
+        (lambda t: t["model"]["merges"].append(["a"]), "merge \"['a']\" is not two pieces"),
+        (lambda t: t["added_tokens"].append({"id": 7, "content": "<pad>"}), "'<pad>' has the ids 0 and 7"),
+        (lambda t: t["added_tokens"].append(5), "an added token has no content"),
+    ],
+)
+def test_a_tokenizer_that_is_not_gemmas_is_said(folder, change, said):
+    edit_json(folder / "tokenizer.json", change)
+    assert refused(folder).startswith(f"bad_tokenizer: {folder / 'tokenizer.json'}: {said}")
+
+
+def test_a_directory_without_tokenizer_is_said(folder):
+    (folder / "tokenizer.json").unlink()
+    assert refused(folder) == f"not_found: {folder} has neither tokenizer.json nor tokenizer.model"
+
+
+def test_more_tokens_than_rows_are_said(folder):
+    vocab = {f"t{i}": 512 + i for i in range(3)}
+    edit_json(folder / "tokenizer.json", lambda t: t["model"]["vocab"].update(vocab))
+    assert refused(folder) == "shape_mismatch: embed_tokens.weight has 512 rows for 515 tokens"
+
+
+# -- Tensors ---------------------------------------------------------------------------------------
+
+UP = "model.language_model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_missing_tensor_is_named_as_the_checkpoint_names_it(folder):
+    rewrite(folder, lambda t: t.pop(UP))
+    assert refused(folder) == f"missing_tensor: layers.1.mlp.up_proj.weight is not in {folder}"
+
+
+def test_how_many_more_are_missing_is_said(folder):
+    rewrite(folder, lambda t: [t.pop(name) for name in list(t) if "layers.1.mlp" in name])
+    assert refused(folder).endswith(f"is not in {folder}; 2 more faults")
+
+
+@pytest.mark.parametrize("name", ["layers.0.layer_scalar", "layers.0.self_attn.v_proj.weight", "norm.weight"])
+def test_no_tensor_of_a_checkpoint_can_be_missed(folder, name):
+    rewrite(folder, lambda t: t.pop(f"model.language_model.{name}"))
+    assert refused(folder).startswith(f"missing_tensor: {name} is not in ")
+
+
+def test_an_extra_tensor_is_named(folder):
+    rewrite(folder, lambda t: t.update({"model.language_model.layers.1.mlp.lora.weight": np.ones((2, 2), "f4")}))
+    said = "extra_tensor: model.language_model.layers.1.mlp.lora.weight (model.safetensors) belongs to no Gemma 4 model"
+    assert refused(folder) == said
+    rewrite(folder, lambda t: t.update({UP.replace("1", "9"): np.ones((128, 64), "f4")}))
+    assert refused(folder).startswith(
+        "extra_tensor: layers.9.mlp.up_proj.weight has no place in a model of this config"
+    )
+
+
+def test_a_tensor_of_another_shape_is_named(folder):
+    rewrite(folder, lambda t: t.update({UP: t[UP].T}))
+    said = "shape_mismatch: layers.1.mlp.up_proj.weight has shape [64, 128]; want [128, 64]"
+    assert refused(folder) == said
+
+
+def test_the_same_tensor_under_two_prefixes_is_said(folder):
+    rewrite(folder, lambda t: t.update({UP.replace("language_model.", ""): t[UP]}))
+    assert "are the same tensor" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("outtype", ["f32", "bf16", "f16", "q8_0"])
+def test_a_value_that_is_not_finite_is_named_with_its_place(folder, value, outtype):
+    def put(tensors):
+        tensors[UP][3, 5] = value
+
+    rewrite(folder, put)
+    said = f"numeric: {UP} holds NaNs or infinities: the first is {value} at position {3 * 64 + 5}"
+    assert refused(folder, outtype=outtype) == said
+
+
+def test_a_value_too_large_for_the_type_is_named(folder):
+    def put(tensors):
+        tensors[UP][0, 0] = 70000
+
+    rewrite(folder, put)
+    assert refused(folder, outtype="f16") == f"numeric: {UP} holds 70000, too large for F16: use --outtype bf16"
+    with planned(folder, folder.parent / "out.gguf", "bf16") as conversion:
+        conversion.write()
+
+
+def test_infinite_ranges_of_clipped_layers_are_kept_but_nan_is_not(tmp_path):
+    folder = tiny_hf.make("e2b", tmp_path / "hf")
+    with planned(folder, tmp_path / "out.gguf", mmproj=True) as conversion:
+        conversion.write()
+    path = folder / WEIGHTS
+    header, data = header_of(path)
+    name = "model.vision_tower.encoder.layers.0.mlp.up_proj.input_max"
+    at = header[name]["data_offsets"][0]
+    write_header(path, header, data[:at] + b"\xc0\x7f" + data[at + 2 :])
+    (tmp_path / "out.gguf").unlink()
+    assert refused(folder, mmproj=True).startswith(f"numeric: {name} holds NaNs")
+
+
+def test_faults_of_encoders_are_named(tmp_path):
+    folder = tiny_hf.make("e2b", tmp_path / "hf")
+    edit_json(folder / "config.json", lambda c: c["vision_config"].update(hidden_size=96))
+    assert "patch_embedder.input_proj.weight has shape [64, 48]; want [96, 48]" in refused(folder, mmproj=True)
+    edit_json(folder / "config.json", lambda c: c["vision_config"].update(hidden_size=64, num_hidden_layers=3))
+    name = "model.vision_tower.encoder.layers.2.input_layernorm.weight"
+    assert refused(folder, mmproj=True) == f"missing_tensor: {name} is not in {folder}"
+    edit_json(folder / "config.json", lambda c: c["vision_config"].update(num_hidden_layers=1))
+    assert refused(folder, mmproj=True).startswith("extra_tensor: model.vision_tower.encoder.layers.1.")
+    edit_json(folder / "config.json", lambda c: c.update(vision_config=None))
+    assert refused(folder, mmproj=True).startswith("no_encoder: ")
+    assert "is an assistant" in refused(tiny_hf.make("e2b-assistant", tmp_path / "a"), mmproj=True)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "order"])
+def test_faults_of_a_clustered_head_are_named(tmp_path, change):
+    folder = tiny_hf.make("e2b-assistant", tmp_path / "hf")
+    header, data = header_of(folder / WEIGHTS)
+    name = "masked_embedding.token_ordering"
+    if change == "missing":
+        edit_json(folder / "config.json", lambda c: c.update(num_centroids=17))
+        assert "masked_embedding.centroids.weight has shape [16, 32]; want [17, 32]" in refused(folder)
+    elif change == "shape":
+        header[name]["shape"] = [256, 2]
+        write_header(folder / WEIGHTS, header, data)
+        assert f"{name} has shape [256, 2]; want [512]" in refused(folder)
+    else:
+        at = header[name]["data_offsets"][0]
+        write_header(folder / WEIGHTS, header, data[:at] + data[at + 8 : at + 16] + data[at + 8 :])
+        assert f"{name} does not hold each of 0 to 511 once" in refused(folder)
+
+
+# -- safetensors -----------------------------------------------------------------------------------
+
+SCALAR = "model.language_model.layers.0.layer_scalar"
+
+
+def shift(header: dict, name: str, by: int) -> None:
+    header[name]["data_offsets"] = [offset + by for offset in header[name]["data_offsets"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: h[UP].update(dtype="F13"), "bad_safetensors: {}: " + UP + ": dtype 'F13' is not known"),
+        (lambda h: h[UP].update(dtype=3), "bad_safetensors: {}: " + UP + ": dtype 3 is not known"),
+        (lambda h: h[UP].update(dtype="I32"), "bad_dtype: " + UP + " holds I32; want F64, F32, F16, BF16"),
+        (lambda h: h[UP].update(shape=[128, -64]), "bad_safetensors: {}: " + UP + ": shape [128, -64] is not"),
+        (lambda h: h[UP].update(shape=[True, 64]), "bad_safetensors: {}: " + UP + ": shape [True, 64] is not"),
+        (lambda h: h[UP].update(shape=[1 << 40] * 8), "bad_safetensors: {}: " + UP + ": data_offsets"),
+        (lambda h: h[UP].update(shape=[1] * 99), "bad_safetensors: {}: " + UP + ": shape"),
+        (lambda h: h[UP].update(shape=[128, 63]), "bad_safetensors: {}: " + UP + ": data_offsets"),
+        (lambda h: h[UP].update(data_offsets=[5]), "bad_safetensors: {}: " + UP + ": data_offsets [5] are not"),
+        (lambda h: h[UP].pop("dtype"), "bad_safetensors: {}: " + UP + ": its entry must have"),
+        (lambda h: h.update({UP: 1}), "bad_safetensors: {}: " + UP + ": its entry must have"),
+        (lambda h: shift(h, SCALAR, -4), "bad_safetensors: {}: "),
+        (lambda h: shift(h, SCALAR, 1 << 40), "bad_safetensors: {}: "),
+        (lambda h: h.pop(UP), "bad_safetensors: {}: "),
+    ],
+)
+def test_a_hostile_entry_is_said(folder, change, said):
+    path = folder / WEIGHTS
+    edit_header(path, change)
+    assert refused(folder).startswith(said.format(path))
+
+
+@pytest.mark.parametrize("length", [0, 7, 1 << 20, (1 << 63) - 1, (1 << 64) - 1, 100_000_001])
+def test_a_header_of_a_wrong_length_is_said_without_memory(folder, length):
+    path = folder / WEIGHTS
+    header, data = header_of(path)
+    write_header(path, header, data, length)
+    os.truncate(path, max(path.stat().st_size, min(length, 200_000_000) + 8 if length == 100_000_001 else 0))
+    assert refused(folder).split(":")[0] in ("truncated", "bad_json", "bad_safetensors")
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 200, 20_000, -1])
+def test_a_file_cut_short_is_said(folder, size):
+    path = folder / WEIGHTS
+    os.truncate(path, path.stat().st_size + size if size < 0 else size)
+    assert refused(folder).split(":")[0] in ("truncated", "bad_safetensors")
+
+
+def test_bytes_behind_the_last_tensor_are_said(folder):
+    with open(folder / WEIGHTS, "ab") as file:
+        file.write(b"more")
+    assert "4 bytes follow the last tensor" in refused(folder)
+
+
+def test_a_name_that_appears_twice_in_a_header_is_said(folder):
+    path = folder / WEIGHTS
+    header, data = header_of(path)
+    text = json.dumps(header)
+    write_header(path, text[:-1] + f', "{UP}": {json.dumps(header[UP])}}}', data)
+    assert refused(folder) == f"bad_json: {path}: '{UP}' appears twice"
+
+
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", 3, "x.bin", ""]
+)
+def test_an_index_names_files_of_its_directory_only(sharded, shard):
+    edit_json(sharded / INDEX, lambda i: i["weight_map"].update({next(iter(i["weight_map"])): shard}))
+    assert "which is no file name of this directory" in refused(sharded)
+
+
+def test_shards_and_their_index_must_agree(sharded):
+    first = sorted(json.loads((sharded / INDEX).read_text())["weight_map"])[0]
+    edit_json(sharded / INDEX, lambda i: i["weight_map"].pop(first))
+    assert refused(sharded).startswith(f"extra_tensor: {first} is in model-00001-of-00003.safetensors but not in")
+    edit_json(sharded / INDEX, lambda i: i["weight_map"].update({first: "model-00002-of-00003.safetensors"}))
+    assert refused(sharded).startswith(f"missing_tensor: {first} is not in model-00002-of-00003.safetensors, where")
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    assert "1 shards of the index are missing" in refused(sharded)
+    (sharded / INDEX).write_text("{}")
+    assert "has no weight_map" in refused(sharded)
+
+
+def test_shards_without_their_index_are_read_when_none_is_missing(sharded, tmp_path):
+    (sharded / INDEX).unlink()
+    with planned(sharded, tmp_path / "out.gguf") as conversion:
+        assert len(conversion.tensors) == 46
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    assert refused(sharded).startswith("bad_index: ")
+
+
+def test_a_shard_that_is_a_pipe_is_refused_at_once(folder):
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+    started = time.monotonic()
+    assert refused(folder).startswith("not_a_file: ")
+    assert time.monotonic() - started < 5
+
+
+def test_a_git_lfs_pointer_is_known(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in refused(folder)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_no_damaged_byte_of_a_header_makes_anything_but_an_error(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    header, rest = tiny_hf.header([("a", (4, 8), "F32"), ("b", (), "BF16"), ("c", (3,), "I64")]), bytes(154)
+    raw = bytearray(header + rest)
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    (folder / WEIGHTS).write_bytes(raw)
+    try:
+        for tensor in open_checkpoint(folder).values():
+            assert len(tensor.read(0, tensor.size)) == tensor.size
+    except Gemma4qError:
+        pass
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(folder):
+    with planned(folder, folder.parent / "out.gguf") as conversion:
+        os.truncate(folder / WEIGHTS, 60_000)
+        with pytest.raises(Gemma4qError, match="became shorter while it was read"):
+            conversion.write()
+    assert not list(folder.parent.glob("out*"))
+
+
+# -- The command -----------------------------------------------------------------------------------
+
+
+def run(*arguments: object, limit: int | None = None) -> subprocess.CompletedProcess:
+    def limited() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "gemma4q", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+
+
+def test_the_command_says_one_line_and_exits_with_1(folder, tmp_path):
+    done = run("convert", tmp_path / "none")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        f"error: not_found: {tmp_path / 'none'} does not exist\n",
+    )
+    assert run("convert", folder, "--outtype", "q3").returncode == 2
+    assert run("convert", folder, "--max-part-size", "0").returncode == 2
+    assert run("convert", folder, "--max-part-size", "2T").returncode == 2
+
+
+def test_a_dry_run_says_what_would_be_written(folder, tmp_path):
+    done = run("convert", folder, "-o", tmp_path / "out.gguf", "--dry-run")
+    assert done.returncode == 0 and not (tmp_path / "out.gguf").exists()
+    assert done.stdout.startswith(f"{tmp_path / 'out.gguf'}  30 tensors")
+    assert done.stderr == "nothing was written (--dry-run)\n"
+    described = json.loads(run("convert", folder, "-o", tmp_path / "out.gguf", "--dry-run", "--json").stdout)
+    assert described["written"] is False and described["files"][0]["tensors"] == 30
+
+
+def test_an_output_that_cannot_be_is_said_before_anything_is_made(folder, tmp_path):
+    assert refused(folder, tmp_path / "no/out.gguf") == f"not_found: {tmp_path / 'no'}: there is no such directory"
+    assert refused(folder, Path("/dev/null")).startswith("not_a_file: ")
+    assert refused(folder, folder / WEIGHTS).startswith("same_file: ")
+    (tmp_path / "link.gguf").symlink_to(folder / WEIGHTS)
+    assert refused(folder, tmp_path / "link.gguf").startswith("same_file: ")
+    assert refused(folder, Path("/sys/out.gguf")).startswith("not_writable: ")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    full = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: type("Status", (), {"f_bavail": 3, "f_frsize": full.f_frsize}))
+    assert refused(folder).startswith(f"no_space: {tmp_path} has {3 * full.f_frsize:,} bytes free; ")
+    done = run("convert", folder, "-o", tmp_path / "out.gguf", limit=50_000)
+    assert done.returncode == 1 and done.stderr.startswith("error: no_space: ")
+    assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,95 @@
+"""Against llama.cpp itself: its converter, run anew on every tiny directory, and its engine on what we wrote.
+
+    GEMMA4Q_LLAMACPP=.../llama.cpp pytest -m peers tests/test_convert_peers.py
+
+GEMMA4Q_LLAMACPP is a source directory of llama.cpp, as in the sdist of llama-cpp-python; GEMMA4Q_PEER_PYTHON an
+interpreter with torch, transformers and llama-cpp-python, if it is not the one that runs the tests.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma4q.convert.convert import planned
+from gemma4q.gguf.reader import open_gguf
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import convert_oracle
+import tiny_hf
+
+pytestmark = pytest.mark.peers
+PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
+LOAD = """
+import sys, llama_cpp
+llama_cpp.llama_backend_init()
+model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), llama_cpp.llama_model_default_params())
+print("loaded" if model else "refused")
+"""
+RUN = """
+import sys, llama_cpp, numpy as np
+model = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+model.eval([2, 300, 301, 302])
+print(" ".join(str(row.argmax()) for row in np.array(model.scores[:4])))
+print(*model.tokenize(b"Apache License", add_bos=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Path:
+    if "GEMMA4Q_LLAMACPP" not in os.environ:
+        pytest.skip("GEMMA4Q_LLAMACPP names no source directory of llama.cpp")
+    return Path(os.environ["GEMMA4Q_LLAMACPP"])
+
+
+@pytest.mark.parametrize("outtype", convert_oracle.OUTTYPES)
+@pytest.mark.parametrize(("kind", "mmproj"), convert_oracle.JOBS)
+def test_the_converter_writes_the_same_today(kind, mmproj, outtype, llama_cpp, tmp_path):
+    folder = tiny_hf.make(kind, tmp_path / kind)
+    theirs = convert_oracle.described(
+        convert_oracle.oracle(llama_cpp, PYTHON, folder, tmp_path / "theirs.gguf", outtype, mmproj)
+    )
+    with planned(folder, tmp_path / "ours.gguf", outtype, mmproj, centroids=False) as conversion:
+        conversion.write()
+    assert convert_oracle.described(open_gguf(tmp_path / "ours.gguf")) == theirs
+
+
+def said(program: str, path: Path) -> str:
+    pytest.importorskip("llama_cpp") if sys.executable == PYTHON else None
+    return subprocess.run([PYTHON, "-c", program, path], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("outtype", ["f32", "bf16", "f16", "q8_0"])
+@pytest.mark.parametrize("kind", tiny_hf.TINY)
+def test_llama_cpp_loads_and_runs_it_and_agrees(kind, outtype, tmp_path):
+    import gemma4q
+
+    out = tmp_path / "out.gguf"
+    with planned(tiny_hf.make(kind, tmp_path / kind), out, outtype) as conversion:
+        conversion.write()
+    best, tokens = said(RUN, out).splitlines()
+    with gemma4q.load(out, context=64, threads=1) as model:
+        logits = model.logits([2, 300, 301, 302])
+        assert model.tokenize("Apache License", bos=True) == list(map(int, tokens.split()))
+    # Where two tokens are as likely, rounding decides which is the best.
+    for row, token in zip(logits, map(int, best.split()), strict=True):
+        assert row[token] > row.max() - (0.05 if outtype == "f32" else 1.0)
+
+
+@pytest.mark.parametrize("kind", tiny_hf.ASSISTANTS)
+def test_llama_cpp_loads_assistants_without_centroids_only(kind, tmp_path):
+    folder = tiny_hf.make(kind, tmp_path / kind)
+    for centroids in (True, False):
+        with planned(folder, tmp_path / "out.gguf", centroids=centroids) as conversion:
+            conversion.write()
+        assert said(LOAD, tmp_path / "out.gguf") == ("refused" if conversion.has_centroids else "loaded")
+
+
+@pytest.mark.parametrize("kind", ["26b", "e2b"])
+def test_llama_cpp_loads_parts(kind, tmp_path):
+    with planned(tiny_hf.make(kind, tmp_path / kind), tmp_path / "out.gguf", "q8_0", part_bytes=60_000) as conversion:
+        conversion.write()
+    assert len(conversion.files) > 2
+    assert said(LOAD, conversion.files[0].path) == "loaded"
