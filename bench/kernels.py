@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from worker import Timed
 
 from gemma4q import abi
 from gemma4q.abi import TensorType, ffi, lib, row_bytes
 from gemma4q.backends.native import WEIGHT, anonymous, isas
 from gemma4q.gguf.quants import quantize
+from gemma4q.measure.worker import Timed
 
 FORMATS = [t.name.lower() for t in TensorType if t in abi.BLOCKS]
 BOUND_BY_MEMORY = 16  # rows up to which a walk over many matrices is timed

@@ -5,6 +5,7 @@ there the next time. What to measure with it is not known here.
 """
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -72,13 +73,13 @@ def _git(clone: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def _checked(path: Path) -> str:
     """`path` as an interpreter in which gemma4q can be imported."""
-    find = "import gemma4q, gemma4q.engine.model"
+    find = "import gemma4q, gemma4q.engine.model; print('here')"
     try:
         done = subprocess.run([str(path), "-P", "-c", find], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise Gemma4qError("unknown_build", f"{path}: cannot be run as a Python ({error})") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it fails"])[-1]
+    if done.stdout.strip() != "here":
+        last = (done.stderr.strip().splitlines() or ["it is no Python"])[-1]
         raise Gemma4qError("unknown_build", f"{path}: no gemma4q can be imported there: {last}")
     return str(path)
 
@@ -109,10 +110,10 @@ def _environment(cache: Path, key: str, note: Note, what: Callable[[Path], list[
 
 
 def _why(log: Path) -> str:
-    """The line of a build's output that says most."""
+    """The line of a build's output that says most: the first of a compiler or of CMake, else the last of all."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower()]
-    return (telling or lines or ["it failed without a word"])[0]
+    telling = [line for line in lines if re.search(r":\d+: error: |CMake Error", line)]
+    return [*telling, *lines[-1:], "it failed without a word"][0]
 
 
 def _export(clone: Path, commit: str, room: Path) -> Path:

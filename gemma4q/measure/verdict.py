@@ -18,7 +18,7 @@ from .pairs import Pairs
 
 ALARMS = 0.01  # false ones, in one comparison of equals
 MOST_SITTINGS = 0.75  # that must agree
-LEAST_PAIRS = 10
+LEAST_PAIRS, MOST_RANKED = 10, 300
 LEAST_SHARE = 0.015  # of a test's time: a kernel below it has no row
 
 
@@ -80,7 +80,12 @@ def row(pairs: Pairs, kernel: str | None, times: np.ndarray, share: float, thres
 
 
 def interval(differences: np.ndarray, z: float) -> tuple[float, float, float]:
-    """Estimate and limits, `z` standard deviations of the rank sum away; no limit where there are too few."""
+    """Estimate and limits, `z` standard deviations of the rank sum away; no limit where there are too few.
+
+    Of more than a few hundred, those that follow each other are put together by their medians.
+    """
+    if len(differences) > MOST_RANKED:
+        differences = np.array([np.median(part) for part in np.array_split(differences, MOST_RANKED)])
     n = len(differences)
     if n < LEAST_PAIRS:
         return (float(np.median(differences)) if n else 0.0), -np.inf, np.inf
