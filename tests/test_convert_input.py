@@ -454,6 +454,9 @@ def test_an_output_that_cannot_be_is_said_before_anything_is_made(folder, tmp_pa
     assert refused(folder, folder / WEIGHTS).startswith("same_file: ")
     (tmp_path / "link.gguf").symlink_to(folder / WEIGHTS)
     assert refused(folder, tmp_path / "link.gguf").startswith("same_file: ")
+    assert refused(folder, folder / "config.json").startswith(
+        f"not_gguf: {folder / 'config.json'} exists and is no GGUF"
+    )
     assert refused(folder, Path("/sys/out.gguf")).startswith("not_writable: ")
 
 

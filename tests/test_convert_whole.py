@@ -83,9 +83,9 @@ def test_parts_without_the_first_are_no_model(folder, tmp_path):
 
 def test_a_file_of_the_same_name_is_replaced_when_the_new_one_is_whole(folder, tmp_path):
     out = tmp_path / "out.gguf"
-    out.write_text("old")
+    out.write_text("GGUF old")
     with planned(folder, out, "f32") as conversion:
-        assert out.read_text() == "old"
+        assert out.read_text() == "GGUF old"
         conversion.write()
     assert open_gguf(out).tensors
     before = out.read_bytes()

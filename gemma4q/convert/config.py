@@ -28,6 +28,7 @@ ROPE = {
 }
 # What transformers assumes where config.json is silent; `None`: the key is not written.
 DEFAULTS = {
+    "head_dim": 256,
     "rms_norm_eps": 1e-6,
     "final_logit_softcapping": None,
     "num_kv_shared_layers": 0,
@@ -38,6 +39,8 @@ DEFAULTS = {
     "moe_intermediate_size": None,
     "rope_parameters": ROPE,
 }
+_PLAIN = {"max_position_embeddings": 131072, "sliding_window": 512}
+_UNIFIED = {"max_position_embeddings": 262144, "sliding_window": 1024}
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -75,11 +78,15 @@ def open_source(folder: Path) -> Source:
     text = config.get("text_config", config)
     if not isinstance(text, dict):
         raise Gemma4qError("bad_config", f"{folder / 'config.json'}: text_config is not an object")
-    text = {**config, **DEFAULTS, **{key: value for key, value in text.items() if value is not None}}
+    unified, architecture = "Unified" in name, TEXT_ARCHITECTURES[name]
+    defaults = DEFAULTS | (_UNIFIED if unified else _PLAIN)
+    if not unified and architecture == "gemma4" and "hidden_size_per_layer_input" not in text:
+        defaults["hidden_size_per_layer_input"] = 256
+    text = {**config, **defaults, **{key: value for key, value in text.items() if value is not None}}
     if text.get("use_bidirectional_attention") == "all":
         raise Gemma4qError("bad_arch", f"{folder} is an embedding model (use_bidirectional_attention is 'all')")
     generation = optional_json(folder / "generation_config.json")
-    return Source(folder, TEXT_ARCHITECTURES[name], "Unified" in name, config, text, generation)
+    return Source(folder, architecture, unified, config, text, generation)
 
 
 def _architecture(folder: Path, config: dict) -> str:

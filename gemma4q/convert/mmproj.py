@@ -25,6 +25,19 @@ EPS = 1e-6
 MEL_BINS = 128
 IMAGE_SIZE = 224  # a word that readers want and nobody uses
 CHANNELS = 3
+# What transformers assumes where config.json is silent, of a tower or of the 12B's projections.
+DEFAULTS = {
+    "vision_config": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "head_dim": 64, "patch_size": 16, "pooling_kernel_size": 3,
+        "position_embedding_size": 10240, "mm_embed_dim": 3840, "mm_posemb_size": 1120,
+    },
+    "audio_config": {
+        "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8, "conv_kernel_size": 5,
+        "subsampling_conv_channels": [128, 32], "output_proj_dims": 1536, "audio_embed_dim": 640,
+        "input_feat_size": MEL_BINS,
+    },
+}  # fmt: skip
 CONV_KERNEL = 3  # of the two convolutions that thin out a spectrogram
 Shape = tuple[int, ...]
 
@@ -66,7 +79,7 @@ def encoder_keys(source: Source) -> dict[str, object]:
             counts = [_whole(source, audio, name) for name in ("num_hidden_layers", "num_attention_heads")]
             keys |= _sizes("audio", sizes, (inner, 4 * inner, *counts))
         keys |= {"audio.projector_type": "gemma4ua" if source.unified else "gemma4a"}
-        keys |= {"audio.num_mel_bins": _whole(source, {"input_feat_size": MEL_BINS} | audio, "input_feat_size")}
+        keys |= {"audio.num_mel_bins": _whole(source, audio, "input_feat_size")}
         keys |= {"audio.attention.layer_norm_epsilon": float(audio.get("layer_norm_eps", EPS))}
     return {f"clip.{key}": value for key, value in keys.items()}
 
@@ -103,6 +116,7 @@ def encoder_tensors(
 def _unified_rules(source: Source) -> Iterator[tuple[str, Rule]]:
     vision, audio = _part(source, "vision_config"), _part(source, "audio_config")
     side = _whole(source, vision, "patch_size") * _whole(source, vision, "pooling_kernel_size")
+    side = vision.get("model_patch_size", side)
     patch, width = CHANNELS * side * side, _whole(source, vision, "mm_embed_dim")
     positions, text = _whole(source, vision, "mm_posemb_size"), _whole(source, source.text, "hidden_size")
     order = _by_channel(side)
@@ -236,7 +250,7 @@ def _part(source: Source, name: str) -> dict | None:
     part = source.config.get(name)
     if part is not None and not isinstance(part, dict):
         raise _bad(source, f"{name} is not an object")
-    return part or None
+    return DEFAULTS[name] | {key: value for key, value in part.items() if value is not None} if part else None
 
 
 def _whole(source: Source, part: Mapping, name: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import Gemma4qError
+from ..gguf.source import MAGIC
 from ..gguf.writer import TensorData, Types, header, write_tensors
 
 SUFFIX = ".part"
@@ -48,8 +49,8 @@ class Planned:
 def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Progress | None = None) -> None:
     """Writes all files, or none; files of the same names are replaced once all is written.
 
-    `inputs`: descriptors of open files that are read meanwhile and must not be written to. Raises same_file, not_found,
-    not_writable, no_space, busy, io; and whatever making the tensors raises.
+    `inputs`: descriptors of open files that are read meanwhile and must not be written to. Raises same_file, not_gguf (a
+    file of another sort has the name), not_found, not_writable, no_space, busy, io; and what making the tensors raises.
     """
     for file in planned:
         _check_target(file.path, inputs)
@@ -94,6 +95,9 @@ def _check_target(path: Path, inputs: Iterable[int]) -> None:
         found = os.stat(path)
         if any((s.st_dev, s.st_ino) == (found.st_dev, found.st_ino) for s in map(os.fstat, inputs)):
             raise Gemma4qError("same_file", f"{path} is what is read: choose another name")
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) not in (MAGIC, b""):
+                raise Gemma4qError("not_gguf", f"{path} exists and is no GGUF file: choose another name")
 
 
 def _open_part(path: Path) -> tuple[Path, BinaryIO]:
