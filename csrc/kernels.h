@@ -19,6 +19,7 @@ enum {
     SHARE_ROWS = 1024,
     SHARE_BYTES = 1 << 16,
     TILE_ELEMENTS = 8192,   /* of a share of an elementwise op */
+    LEAD_BYTES = 1 << 14,   /* between what a matmul reads and what it prefetches, at least; whole panels */
     AHEAD_BYTES = 1 << 17,  /* fetched into the second cache while waiting */
     ATTEND_BLOCK = 512,     /* positions in one softmax block; blocks start at multiples of it */
     ATTEND_ROWS = 8,        /* query rows (heads, tokens) that share each key */

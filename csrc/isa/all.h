@@ -9,11 +9,6 @@
 
 #include "../kernels.h"
 
-/* A line as sixteen lanes: the compiler's own vectors, as wide as the instruction set has them. */
-typedef uint32_t dwords __attribute__((vector_size(64), aligned(64), may_alias));
-typedef int32_t signed_dwords __attribute__((vector_size(64), aligned(64), may_alias));
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t words __attribute__((vector_size(32), aligned(32), may_alias));
 #include SIMD
 #include "../quants/decode.h"
 #include "../kernels/elementwise.h"

@@ -93,13 +93,13 @@ TILES(floats, FLOAT_TILE)
 typedef struct {
     void (*unpack)(const uint8_t *, int64_t, int, int64_t, panel, const uint8_t *);
     void (*tiles)(panel, const void *const *, float *const *, int64_t, int64_t, int64_t);
-    void (*one)(const uint8_t *, int64_t, int, int64_t, const block_a8 *, float *, const uint8_t *); /* NULL: none */
+    void (*one)(const uint8_t *, int64_t, int, int64_t, const void *, float *, const uint8_t *);
 } K(matmul_kernel);
 
 static const K(matmul_kernel) K(matmul_kernels)[TYPE_COUNT] = {
-    [TYPE_F32] = {K(unpack_f32), K(tiles_floats), NULL},
-    [TYPE_F16] = {K(unpack_f16), K(tiles_floats), NULL},
-    [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats), NULL},
+    [TYPE_F32] = {K(unpack_f32), K(tiles_floats), K(one_f32)},
+    [TYPE_F16] = {K(unpack_f16), K(tiles_floats), K(one_f16)},
+    [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats), K(one_bf16)},
 #define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
     [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name), K(one_##name)},
 #include "../quants.def"
@@ -112,11 +112,12 @@ static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, cons
     const K(matmul_kernel) kernel = K(matmul_kernels)[w->type];
     const int64_t stride = row_bytes(w->type, w->cols), most = K(stretch_cols)(w->type, tokens);
     const uint8_t *base = (const uint8_t *)(uintptr_t)w->data + first * stride;
-    if (tokens == 1 && kernel.one) {
+    const int64_t ahead = (LEAD_BYTES + LANES * stride - 1) / (LANES * stride) * (LANES * stride);
+    if (tokens == 1) {
         for (int64_t r = 0; r < rows; r += LANES) {
             const int valid = rows - r < LANES ? (int)(rows - r) : LANES;
             float last[LANES], *to = valid == LANES ? y[0] + r : last;
-            kernel.one(base + r * stride, stride, valid, w->cols, x[0], to, base + (r + LANES) * stride);
+            kernel.one(base + r * stride, stride, valid, w->cols, x[0], to, base + r * stride + ahead);
             if (valid < LANES) __builtin_memcpy(y[0] + r, last, (size_t)valid * sizeof(float));
         }
         return;
@@ -136,8 +137,7 @@ static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, cons
                                groups + (2 * i + 1) * GROUP_FLOATS};
                 const int64_t before = row_bytes(w->type, k0);
                 const int valid = rows - r < LANES ? (int)(rows - r) : LANES;
-                /* The next panel is one contiguous region: it is fetched as one stream, a share with each stretch. */
-                const uint8_t *next = base + (r + LANES) * stride + LANES * before;
+                const uint8_t *next = base + r * stride + ahead + LANES * before;
                 kernel.unpack(base + r * stride + before, stride, valid, cols, p[i], next);
             }
             for (int64_t t0 = 0; t0 < tokens; t0 += TILE_BATCH) {

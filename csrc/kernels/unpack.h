@@ -1,16 +1,17 @@
-/* Panels: sixteen rows of a matrix, unpacked from the mapped blocks so that each lane holds a row.
+/* Sixteen rows of a matrix, straight from the mapped blocks: into a panel, each lane a row, or against one token.
  *
- * unpack(row 0 at column 0, bytes from row to row, rows that exist, columns, panel, the region to prefetch). Rows that
- * do not exist repeat row 0. 256 columns at a time: bytes are gathered from each row, turned
- * dword by dword, and split into q where all lanes do the same. The next panel is one contiguous region, prefetched as one
- * stream, a share with each step.
+ * A format says, a piece of its columns at a time, how the bytes of a square, sixteen of each row, are split into q.
+ * That is the same whether the square was turned first, so that each lane has a row's dword (a panel), or not (one
+ * token: dots of four rows a register, which are exact, and folded to a lane a row). Rows that do not exist repeat row 0.
+ * Of `next`, a later sixteen rows and so one contiguous region, a share is prefetched with each square.
  */
 
 enum {
     PANEL_BYTES = STRETCH_COLS * LANES, /* q, or floats of a quarter of the columns */
     GROUP_FLOATS = STRETCH_COLS / 16 * LANES,
-    STEP = 256,
-    SPARE = 320, /* room for a step of one row */
+    STEP = 256,      /* columns whose scales are at hand */
+    HALF = STEP / 2, /* those of a piece of a super-block; a smaller block is a piece */
+    SPARE = 320,     /* room for a step of one row */
 };
 
 typedef struct {
@@ -26,61 +27,99 @@ static inline int64_t K(stretch_cols)(int32_t type, int64_t tokens) {
     return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 ? STRETCH_COLS / 4 : STRETCH_COLS;
 }
 
-/* The share of the next panel that goes with `bytes` of each of this panel's rows: a few lines at a time, since a core
- * waits when more are asked for than it can keep in flight. */
-static INLINE void K(prefetch_share)(const uint8_t *next, int64_t bytes) {
-    for (int64_t n = 0; n < bytes * LANES; n += 64) K(prefetch)(next + n);
-}
-
-/* -- Lines: sixteen rows' dwords of packed bits, split alike in every lane -------------------------------------- */
-
-/* Sixteen rows, `stride` apart, of 4 `count` bytes become `count` lines of 64: line j holds dword j of every row. */
-static INLINE void K(transpose)(const uint8_t *rows, int64_t stride, uint8_t *lines, int count) {
-    for (int j = 0; j < count; j += 4) K(transpose_quad)(rows + 4 * j, stride, lines + 64 * j);
-}
-
-static INLINE floats K(number)(dwords x) { return __builtin_convertvector((signed_dwords)x, floats); }
-/* The low half of each dword as an f16. */
-static INLINE floats K(halves)(dwords x) {
-    const words low = __builtin_convertvector(x, words);
-    floats y;
-    K(store)((float *)&y, K(load_f16)((const f16 *)&low));
-    return y;
-}
-
-/* The bits of x from `down` on that `mask` keeps, moved `up` in each byte. */
-static INLINE dwords K(bits)(const uint8_t *x, int down, uint32_t mask, int up) {
-    const dwords all = *(const dwords *)x;
-    return (up > down ? all << (up - down) : all >> (down - up)) & mask << up;
-}
-/* Four bits of each lane from bit `at` on become 16 in its four bytes. */
-static INLINE dwords K(fifth)(const uint32_t *bits, int at) {
-    const dwords four = *(const dwords *)bits >> at & 15;
-    return ((four | four << 7 | four << 14 | four << 21) & 0x01010101) << 4;
-}
-/* Where lines go: into a panel; or, where one token is all there is, straight into its sums, one a group. */
-typedef struct {
-    panel p;           /* of this step: columns count from its first */
-    const block_a8 *x; /* NULL: the panel */
-    vi *sum;
-    int group, most;
-} K(sink);
-static INLINE void K(emit)(const K(sink) *s, int column, dwords line) {
-    if (!s->x) *(dwords *)(s->p.q + column * LANES) = line;
-    else
-        s->sum[column / s->group] =
-            K(dot_line)(s->sum[column / s->group], line, s->x[column / 32].qs + column % 32, s->most);
-}
+/* -- Squares ------------------------------------------------------------------------------------------------------ */
 
 enum { NIBBLES = 0x0f0f0f0f, PAIRS = 0x03030303, ONES = 0x01010101 };
 
-/* The rows there are, or for the last rows of a matrix a copy in which row 0 fills up the sixteen. */
-static INLINE const uint8_t *K(sixteen)(const uint8_t *w, int64_t *stride, int rows, int64_t bytes, uint8_t *spare) {
-    if (rows == LANES) return w;
-    for (int r = 0; r < LANES; r++)
-        __builtin_memcpy(spare + r * SPARE, w + (r < rows ? r : 0) * *stride, (size_t)bytes);
-    *stride = SPARE;
-    return spare;
+/* Sixteen rows, `stride` apart, by the first of each four. */
+typedef struct {
+    const uint8_t *four[4];
+    int64_t stride;
+} K(rows);
+typedef struct { vi i[4]; } K(square);
+
+#define FOUR _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+/* The compiler must not know that squares lie side by side: it would keep a pointer for every row, run out of registers,
+ * and load all squares, and prefetch, at once. */
+static INLINE K(square) K(load_square)(K(rows) *r, int64_t at) {
+    K(square) s;
+    __asm__ volatile("" : "+r"(r->four[0]), "+r"(r->four[1]), "+r"(r->four[2]), "+r"(r->four[3]));
+    FOUR s.i[i] = K(load_four)(r->four, i * r->stride + at);
+    return s;
+}
+static INLINE K(square) K(turned)(K(rows) *r, int64_t at) {
+    K(square) s = K(load_square)(r, at);
+    K(turn)(s.i);
+    return s;
+}
+static INLINE K(square) K(cut)(K(square) s, int down, uint32_t mask, int up) {
+    FOUR s.i[i] = K(bits)(s.i[i], down, mask, up);
+    return s;
+}
+static INLINE K(square) K(join)(K(square) a, K(square) b) {
+    FOUR a.i[i] = K(or)(a.i[i], b.i[i]);
+    return a;
+}
+static INLINE K(square) K(through)(const uint8_t *table, K(square) s) {
+    FOUR s.i[i] = K(lookup)(table, s.i[i]);
+    return s;
+}
+/* Sixteen rows of sixteen floats, of which `count` are wanted, become `count` lines: line j holds float j of every row. */
+static INLINE void K(transpose)(const float *rows, float *lines, int count) {
+    K(rows) r = {{(const uint8_t *)rows, (const uint8_t *)(rows + 64), (const uint8_t *)(rows + 128),
+                  (const uint8_t *)(rows + 192)},
+                 64};
+    for (int j = 0; j < count; j += 4) {
+        const K(square) s = K(turned)(&r, 4 * j);
+        FOUR K(store)(lines + (j + i) * LANES, K(as_float)(s.i[i]));
+    }
+}
+
+/* Where a piece's squares go, columns counted from its first; and what is prefetched meanwhile. */
+typedef struct {
+    uint8_t *q;             /* a panel's, */
+    const block_a8 *x;      /* or one token's */
+    vi *sum;                /* exact dots, one a group; NULL: a panel */
+    vi *part;               /* [4] dots of four bytes, of a group of which not all came */
+    float *scale, *minimum; /* of the step's groups */
+    int group, bias, most;
+    const uint8_t *next;
+    int values, bytes; /* of the format's blocks */
+} K(sink);
+
+static INLINE K(square) K(take)(const K(sink) *s, K(rows) *r, int64_t at) {
+    return s->sum ? K(load_square)(r, at) : K(turned)(r, at);
+}
+/* Minus the sum of a group's activations. */
+static INLINE int32_t K(minus)(const block_a8 *a, int group, int half) {
+    if (group == 32) return a->minus_sum;
+    return half ? a->minus_sum - a->minus_half : a->minus_half;
+}
+/* A group's two squares follow each other. */
+static INLINE void K(emit)(K(sink) *s, int column, K(square) v) {
+    const int from = column * s->bytes * LANES / s->values, to = (column + 16) * s->bytes * LANES / s->values;
+    for (int n = (from + 63) / 64 * 64; n < to; n += 64) K(prefetch)(s->next + n);
+    if (!s->sum) {
+        FOUR K(store_line)(s->q + column * LANES + i * 64, v.i[i]);
+        return;
+    }
+    const block_a8 *a = s->x + column / 32;
+    const int half = column / 16 % 2;
+    FOUR s->part[i] =
+        K(dot_square)(s->group == 32 && half ? s->part[i] : K(none)(), v.i[i], a->qs + 16 * half, s->most);
+    if (s->group == 32 && !half) return;
+    s->sum[column / s->group] = K(fold)(s->part, s->most, s->bias * K(minus)(a, s->group, half));
+}
+
+/* The rows there are, or for the last rows of a matrix a copy of `bytes` of each in which row 0 fills up the sixteen. */
+static INLINE K(rows) K(sixteen)(const uint8_t *w, int64_t stride, int rows, int64_t bytes, uint8_t *spare) {
+    if (rows < LANES) {
+        for (int r = 0; r < LANES; r++)
+            __builtin_memcpy(spare + r * SPARE, w + (r < rows ? r : 0) * stride, (size_t)bytes);
+        w = spare;
+        stride = SPARE;
+    }
+    return (K(rows)){{w, w + 4 * stride, w + 8 * stride, w + 12 * stride}, stride};
 }
 
 /* -- Blocks of 32: an f16 scale (and minimum), then bytes, or nibbles and perhaps a fifth bit ------------------------- */
@@ -90,93 +129,47 @@ typedef struct {
     const uint8_t *table;
 } K(block_layout); /* offsets, -1: none */
 
-/* A step of 18-byte blocks, scale and nibbles, is 36 whole dwords: all of it is turned, scales too. In every other block
- * the nibbles begin in the middle of a dword. */
-static INLINE void K(step_of_nine)(const uint8_t *b, int64_t stride, const K(sink) *s, const uint8_t *table,
-                                   const uint8_t *next) {
-    _Alignas(64) uint8_t lines[36][64];
-    const dwords *line = (const dwords *)lines[0];
-    for (int i = 0; i < 9; i++) {
-        K(prefetch_share)(next + i * 16 * LANES, 16);
-        K(transpose_quad)(b + 16 * i, stride, lines[4 * i]);
+static INLINE void K(scale_of_block)(const K(block_layout) f, const K(rows) *r, int at, float *scale, float *minimum) {
+    if (f.qs > 1) {
+        K(store)(scale, K(f16_of_each)(r->four, r->stride, at));
+    } else {
+        uint32_t e[LANES];
+        for (int n = 0; n < LANES; n++) e[n] = r->four[n / 4][n % 4 * r->stride + at];
+        for (int n = 0; n < LANES; n++) e[n] = K(e8m0)(e[n]);
+        __builtin_memcpy(scale, e, sizeof e);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < STEP / 32; i++) {
-        const int odd = i % 2, at = 9 * (i / 2) + (odd ? 4 : 0);
-        *(floats *)(s->p.scale + i * LANES) = K(halves)(line[at] >> 16 * odd);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            dwords packed = line[at + 1 + j];
-            if (!odd) packed = line[at + j] >> 16 | packed << 16;
-            const dwords low = packed & NIBBLES, high = packed >> 4 & NIBBLES;
-            K(emit)(s, 32 * i + 4 * j, table ? K(lookup)(table, low) : low);
-            K(emit)(s, 32 * i + 4 * j + 16, table ? K(lookup)(table, high) : high);
-        }
-    }
+    if (f.m >= 0) K(store)(minimum, K(f16_of_each)(r->four, r->stride, at + f.m));
 }
-
-static INLINE void K(step_of_blocks)(const K(block_layout) f, const int blocks, const uint8_t *base, int64_t stride,
-                                     const K(sink) *s, const uint8_t *next) {
-    _Alignas(64) uint8_t lines[4][64];
-    _Alignas(64) uint16_t d[STEP / 32][LANES], m[STEP / 32][LANES];
-    _Alignas(64) uint32_t fifth[STEP / 32][LANES];
-    for (int r = 0; r < LANES; r++) {
-        const uint8_t *b = base + r * stride;
-#pragma GCC unroll 8
-        for (int i = 0; i < blocks; i++) {
-            __builtin_memcpy(&d[i][r], b + i * f.bytes, 2);
-            if (f.m >= 0) __builtin_memcpy(&m[i][r], b + i * f.bytes + f.m, 2);
-            if (f.qh >= 0) __builtin_memcpy(&fifth[i][r], b + i * f.bytes + f.qh, 4);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < blocks; i++) {
-        float *scale = s->p.scale + i * LANES;
-        if (f.qs > 1) {
-            K(store)(scale, K(load_f16)((const f16 *)d[i]));
-        } else {
-            uint32_t *exponents = (uint32_t *)scale;
-            for (int r = 0; r < LANES; r++) exponents[r] = K(e8m0)(d[i][r] & 255u);
-        }
-        if (f.m >= 0) K(store)(s->p.minimum + i * LANES, K(load_f16)((const f16 *)m[i]));
-        K(prefetch_share)(next + i * f.bytes * LANES, f.bytes);
-        if (f.bytes == sizeof(block_q8_0)) {
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                K(transpose_quad)(base + i * f.bytes + f.qs + 16 * h, stride, lines[0]);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) K(emit)(s, 32 * i + 16 * h + 4 * j, *(dwords *)lines[j] ^ 0x80808080);
-            }
-            continue;
-        }
-        K(transpose_quad)(base + i * f.bytes + f.qs, stride, lines[0]);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            dwords low = K(bits)(lines[j], 0, NIBBLES, 0), high = K(bits)(lines[j], 4, NIBBLES, 0);
-            if (f.qh >= 0) {
-                low |= K(fifth)(fifth[i], 4 * j);
-                high |= K(fifth)(fifth[i], 4 * j + 16);
-            }
-            K(emit)(s, 32 * i + 4 * j, f.table ? K(lookup)(f.table, low) : low);
-            K(emit)(s, 32 * i + 4 * j + 16, f.table ? K(lookup)(f.table, high) : high);
-        }
-    }
+static INLINE K(square) K(fifths)(const K(sink) *s, K(square) bits, int half) {
+    FOUR bits.i[i] = K(spread)(bits.i[i], half);
+    if (!s->sum) K(turn)(bits.i);
+    return bits;
 }
-/* One step: up to eight blocks of each row from b on. */
-static INLINE void K(blocks_step)(const K(block_layout) f, const uint8_t *b, int64_t stride, int rows, int64_t cols,
-                                  const K(sink) *s, const uint8_t *next) {
-    _Alignas(64) uint8_t spare[LANES * SPARE];
-    const int blocks = cols < STEP ? (int)cols / 32 : STEP / 32;
-    b = K(sixteen)(b, &stride, rows, blocks * f.bytes, spare);
-    if (blocks < STEP / 32) K(step_of_blocks)(f, blocks, b, stride, s, next);
-    else if (f.bytes == sizeof(block_q4_0)) K(step_of_nine)(b, stride, s, f.table, next);
-    else K(step_of_blocks)(f, STEP / 32, b, stride, s, next);
+static INLINE void K(piece_of_blocks)(const K(block_layout) f, K(rows) r, int k, K(sink) *s) {
+    const int at = k / 32 * f.bytes;
+    K(scale_of_block)(f, &r, at, s->scale + k / 32 * LANES, s->minimum + k / 32 * LANES);
+    const K(square) v = K(take)(s, &r, at + f.qs);
+    if (f.bytes == sizeof(block_q8_0)) {
+        K(square) first = v, second = K(take)(s, &r, at + f.qs + 16);
+        FOUR first.i[i] = K(flip)(first.i[i]);
+        FOUR second.i[i] = K(flip)(second.i[i]);
+        K(emit)(s, 0, first);
+        K(emit)(s, 16, second);
+        return;
+    }
+    K(square) low = K(cut)(v, 0, NIBBLES, 0), high = K(cut)(v, 4, NIBBLES, 0);
+    if (f.qh >= 0) {
+        const K(square) bits = K(load_square)(&r, at + f.qh);
+        low = K(join)(low, K(fifths)(s, bits, 0));
+        high = K(join)(high, K(fifths)(s, bits, 1));
+    }
+    K(emit)(s, 0, f.table ? K(through)(f.table, low) : low);
+    K(emit)(s, 16, f.table ? K(through)(f.table, high) : high);
 }
 #define BLOCKS(name, m, qh, qs, table)                                                                                 \
-    static INLINE void K(step_##name)(const uint8_t *b, int64_t stride, int rows, int64_t cols, const K(sink) *s,      \
-                                      const uint8_t *next) {                                                           \
+    static INLINE void K(piece_of_##name)(K(rows) r, int k, K(sink) *s) {                                              \
         const K(block_layout) f = {sizeof(block_##name), m, qh, qs, table};                                            \
-        K(blocks_step)(f, b, stride, rows, cols, s, next);                                                             \
+        K(piece_of_blocks)(f, r, k, s);                                                                                \
     }
 BLOCKS(q4_0, -1, -1, 2, NULL)
 BLOCKS(q4_1, 2, -1, 4, NULL)
@@ -187,192 +180,179 @@ BLOCKS(iq4_nl, -1, -1, 2, K(iq4_table))
 BLOCKS(mxfp4, -1, -1, 1, K(fp4_table))
 #undef BLOCKS
 
-/* -- Super-blocks of 256 ------------------------------------------------------------------------------------------------- */
+/* -- Super-blocks of 256 ------------------------------------------------------------------------------------------- */
 
-static INLINE void K(q_q4_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
-    _Alignas(64) uint8_t lines[16][64];
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-        K(transpose)(b + offsetof(block_q4_k, qs) + 64 * h, stride, lines[0], 16);
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) {
-            const int column = 128 * h + 64 * (j / 8) + 4 * (j % 8);
-            K(emit)(s, column, K(bits)(lines[j], 0, NIBBLES, 0));
-            K(emit)(s, column + 32, K(bits)(lines[j], 4, NIBBLES, 0));
-        }
-    }
-}
-static INLINE void K(q_q5_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
-    _Alignas(64) uint8_t lines[16][64], high[8][64];
-    K(transpose)(b + offsetof(block_q5_k, qh), stride, high[0], 8);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-        K(transpose)(b + offsetof(block_q5_k, qs) + 64 * h, stride, lines[0], 16);
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) {
-            const int piece = 2 * (2 * h + j / 8);
-            const int column = 32 * piece + 4 * (j % 8);
-            K(emit)(s, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(high[j % 8], piece, ONES, 4));
-            K(emit)(s, column + 32, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(high[j % 8], piece + 1, ONES, 4));
-        }
-    }
-}
-static INLINE void K(q_q6_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
-    _Alignas(64) uint8_t lines[16][64], high[16][64];
-    K(transpose)(b + offsetof(block_q6_k, qh), stride, high[0], 16);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-        K(transpose)(b + offsetof(block_q6_k, ql) + 64 * h, stride, lines[0], 16);
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) {
-            const int column = 128 * h + 4 * j;
-            const uint8_t *two = high[8 * h + j % 8];
-            K(emit)(s, column, K(bits)(lines[j], 0, NIBBLES, 0) | K(bits)(two, 2 * (j / 8), PAIRS, 4));
-            K(emit)(s, column + 64, K(bits)(lines[j], 4, NIBBLES, 0) | K(bits)(two, 4 + 2 * (j / 8), PAIRS, 4));
-        }
-    }
-}
-static INLINE void K(q_iq4_xs)(const uint8_t *b, int64_t stride, const K(sink) *s) {
-    _Alignas(64) uint8_t lines[16][64];
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-        K(transpose)(b + offsetof(block_iq4_xs, qs) + 64 * h, stride, lines[0], 16);
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) {
-            const int column = 128 * h + 32 * (j / 4) + 4 * (j % 4);
-            K(emit)(s, column, K(lookup)(K(iq4_table), K(bits)(lines[j], 0, NIBBLES, 0)));
-            K(emit)(s, column + 16, K(lookup)(K(iq4_table), K(bits)(lines[j], 4, NIBBLES, 0)));
-        }
-    }
-}
-static INLINE void K(q_q2_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
-    _Alignas(64) uint8_t lines[16][64];
-    K(transpose)(b + offsetof(block_q2_k, qs), stride, lines[0], 16);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; j++)
-#pragma GCC unroll 4
-        for (int g = 0; g < 4; g++)
-            K(emit)(s, 128 * (j / 8) + 32 * g + 4 * (j % 8), K(bits)(lines[j], 2 * g, PAIRS, 0));
-}
-static INLINE void K(q_q3_k)(const uint8_t *b, int64_t stride, const K(sink) *s) {
-    _Alignas(64) uint8_t lines[16][64], high[8][64];
-    K(transpose)(b + offsetof(block_q3_k, hmask), stride, high[0], 8);
-    K(transpose)(b + offsetof(block_q3_k, qs), stride, lines[0], 16);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; j++)
-#pragma GCC unroll 4
-        for (int g = 0; g < 4; g++)
-            K(emit)(s, 128 * (j / 8) + 32 * g + 4 * (j % 8),
-                    K(bits)(lines[j], 2 * g, PAIRS, 0) | K(bits)(high[j % 8], 4 * (j / 8) + g, ONES, 2));
-}
+#define AT(name, field) (int)offsetof(block_##name, field)
+#define SCALES_OF(name) static INLINE void K(scales_of_##name)(K(rows) *r, float *scale, float *minimum)
 
 /* Eight 6-bit scales and minima and their f16 factors, the first 16 bytes of a block. */
-static INLINE void K(scales_by_lane_k)(const uint8_t *b, int64_t stride, panel p) {
-    _Alignas(64) uint8_t lines[4][64];
-    K(transpose_quad)(b, stride, lines[0]);
-    const dwords first = *(dwords *)lines[1], second = *(dwords *)lines[2], third = *(dwords *)lines[3];
-    const dwords scales[2] = {first & 0x3f3f3f3f, (third & NIBBLES) | (first >> 2 & 0x30303030)};
-    const dwords minima[2] = {second & 0x3f3f3f3f, (third >> 4 & NIBBLES) | (second >> 2 & 0x30303030)};
-    const floats d = K(halves)(*(dwords *)lines[0]), dmin = -K(halves)(*(dwords *)lines[0] >> 16);
+static INLINE void K(scales_of_q4_k)(K(rows) *r, float *scale, float *minimum) {
+    const K(square) v = K(turned)(r, 0);
+    const vi scales[2] = {K(bits)(v.i[1], 0, 0x3f3f3f3f, 0),
+                          K(or)(K(bits)(v.i[3], 0, NIBBLES, 0), K(bits)(v.i[1], 6, PAIRS, 4))};
+    const vi minima[2] = {K(bits)(v.i[2], 0, 0x3f3f3f3f, 0),
+                          K(or)(K(bits)(v.i[3], 4, NIBBLES, 0), K(bits)(v.i[2], 6, PAIRS, 4))};
+    const vf d = K(halves)(v.i[0]), dmin = K(mul)(K(halves)(K(bits)(v.i[0], 16, 0xffff, 0)), K(set1)(-1));
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
-        const int at = g % 4 * 8;
-        *(floats *)(p.scale + g * LANES) = d * K(number)(scales[g / 4] >> at & 255);
-        *(floats *)(p.minimum + g * LANES) = dmin * K(number)(minima[g / 4] >> at & 255);
+        K(store)(scale + g * LANES, K(mul)(d, K(to_float)(K(bits)(scales[g / 4], g % 4 * 8, 255, 0))));
+        K(store)(minimum + g * LANES, K(mul)(dmin, K(to_float)(K(bits)(minima[g / 4], g % 4 * 8, 255, 0))));
     }
 }
-#define BY_LANE_q4_k K(scales_by_lane_k)
-#define BY_LANE_q5_k K(scales_by_lane_k)
-
 /* Sixteen signed bytes and one f16 factor. */
-static INLINE void K(scales_by_lane_q6_k)(const uint8_t *b, int64_t stride, panel p) {
-    _Alignas(64) uint8_t lines[4][64];
-    _Alignas(64) uint32_t factors[LANES];
-    K(transpose_quad)(b + offsetof(block_q6_k, scales), stride, lines[0]);
-    for (int r = 0; r < LANES; r++) {
-        uint16_t d;
-        __builtin_memcpy(&d, b + r * stride + offsetof(block_q6_k, d), 2);
-        factors[r] = d;
-    }
-    const floats d = K(halves)(*(dwords *)factors);
+SCALES_OF(q6_k) {
+    (void)minimum;
+    const K(square) v = K(turned)(r, AT(q6_k, scales));
+    const vf d = K(f16_of_each)(r->four, r->stride, AT(q6_k, d));
 #pragma GCC unroll 16
     for (int g = 0; g < 16; g++) {
-        const signed_dwords x = (signed_dwords)(*(dwords *)lines[g / 4] << (24 - g % 4 * 8)) >> 24;
-        *(floats *)(p.scale + g * LANES) = d * __builtin_convertvector(x, floats);
+        const vf from_zero = K(to_float)(K(bits)(K(flip)(v.i[g / 4]), g % 4 * 8, 255, 0));
+        K(store)(scale + g * LANES, K(mul)(d, K(fma)(from_zero, K(set1)(1), K(set1)(-128))));
     }
 }
-#define BY_LANE_q6_k K(scales_by_lane_q6_k)
-
 /* The rarer formats decode their scales row by row. */
 #define BY_ROW(name, group, minima)                                                                                    \
-    static INLINE void K(scales_by_row_##name)(const uint8_t *b, int64_t stride, panel p) {                            \
-        _Alignas(64) float scale[LANES][16], minimum[LANES][16];                                                       \
-        for (int r = 0; r < LANES; r++)                                                                                \
-            K(scales_##name)((const block_##name *)(b + r * stride), scale[r], minimum[r]);                            \
-        K(transpose)((uint8_t *)scale, 64, (uint8_t *)p.scale, STEP / (group));                                        \
-        if (minima) K(transpose)((uint8_t *)minimum, 64, (uint8_t *)p.minimum, STEP / (group));                        \
+    SCALES_OF(name) {                                                                                                  \
+        _Alignas(64) float scales[LANES][16], mins[LANES][16];                                                         \
+        (void)minimum;                                                                                                 \
+        for (int n = 0; n < LANES; n++)                                                                                \
+            K(scales_##name)((const block_##name *)(r->four[n / 4] + n % 4 * r->stride), scales[n], mins[n]);          \
+        K(transpose)(scales[0], scale, STEP / (group));                                                                \
+        if (minima) K(transpose)(mins[0], minimum, STEP / (group));                                                    \
     }
 BY_ROW(q2_k, 16, 1)
 BY_ROW(q3_k, 16, 0)
 BY_ROW(iq4_xs, 32, 0)
 #undef BY_ROW
-#define BY_LANE_q2_k K(scales_by_row_q2_k)
-#define BY_LANE_q3_k K(scales_by_row_q3_k)
-#define BY_LANE_iq4_xs K(scales_by_row_iq4_xs)
+#undef SCALES_OF
 
-#define SUPER(name)                                                                                                    \
-    static INLINE void K(step_##name)(const uint8_t *b, int64_t stride, int rows, int64_t cols, const K(sink) *s,      \
-                                      const uint8_t *next) {                                                           \
-        enum { BYTES = sizeof(block_##name) };                                                                         \
-        _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
-        (void)cols;                                                                                                    \
-        b = K(sixteen)(b, &stride, rows, BYTES, spare);                                                                \
-        K(prefetch_share)(next, BYTES / 2);                                                                            \
-        BY_LANE_##name(b, stride, s->p);                                                                               \
-        K(prefetch_share)(next + BYTES * LANES / 2, BYTES / 2);                                                        \
-        K(q_##name)(b, stride, s);                                                                                     \
+#define PIECE_OF(name) static INLINE void K(piece_of_##name)(K(rows) r, int k0, K(sink) *s)
+
+PIECE_OF(q4_k) {
+    const int h = k0 / HALF;
+    if (h == 0) K(scales_of_q4_k)(&r, s->scale, s->minimum);
+#pragma GCC unroll 2
+    for (int k = 0; k < HALF; k += 64) {
+        const K(square) first = K(take)(s, &r, AT(q4_k, qs) + 64 * h + k / 2);
+        const K(square) second = K(take)(s, &r, AT(q4_k, qs) + 64 * h + k / 2 + 16);
+#pragma GCC unroll 2
+        for (int up = 0; up < 2; up++) {
+            K(emit)(s, k + 32 * up, K(cut)(first, 4 * up, NIBBLES, 0));
+            K(emit)(s, k + 32 * up + 16, K(cut)(second, 4 * up, NIBBLES, 0));
+        }
     }
-SUPER(q2_k)
-SUPER(q3_k)
-SUPER(q4_k)
-SUPER(q5_k)
-SUPER(q6_k)
-SUPER(iq4_xs)
-#undef SUPER
+}
+PIECE_OF(q5_k) {
+    const int h = k0 / HALF;
+    if (h == 0) K(scales_of_q4_k)(&r, s->scale, s->minimum);
+    const K(square) fifth[2] = {K(take)(s, &r, AT(q5_k, qh)), K(take)(s, &r, AT(q5_k, qh) + 16)};
+#pragma GCC unroll 2
+    for (int k = 0; k < HALF; k += 64) {
+        const int at = AT(q5_k, qs) + 64 * h + k / 2;
+        const K(square) four[2] = {K(take)(s, &r, at), K(take)(s, &r, at + 16)};
+#pragma GCC unroll 2
+        for (int up = 0; up < 2; up++)
+#pragma GCC unroll 2
+            for (int c = 0; c < 2; c++) {
+                const K(square) bit = K(cut)(fifth[c], 4 * h + k / 32 + up, ONES, 4);
+                K(emit)(s, k + 32 * up + 16 * c, K(join)(K(cut)(four[c], 4 * up, NIBBLES, 0), bit));
+            }
+    }
+}
+PIECE_OF(q6_k) {
+    const int h = k0 / HALF;
+    if (h == 0) K(scales_of_q6_k)(&r, s->scale, s->minimum);
+#pragma GCC unroll 2
+    for (int c = 0; c < 32; c += 16) {
+        const K(square) two = K(take)(s, &r, AT(q6_k, qh) + 32 * h + c);
+#pragma GCC unroll 2
+        for (int up = 0; up < 2; up++) {
+            const int k = c + 32 * up;
+            const K(square) four = K(take)(s, &r, AT(q6_k, ql) + 64 * h + k);
+            K(emit)(s, k, K(join)(K(cut)(four, 0, NIBBLES, 0), K(cut)(two, 2 * up, PAIRS, 4)));
+            K(emit)(s, k + 64, K(join)(K(cut)(four, 4, NIBBLES, 0), K(cut)(two, 2 * up + 4, PAIRS, 4)));
+        }
+    }
+}
+PIECE_OF(iq4_xs) {
+    const int h = k0 / HALF;
+    if (h == 0) K(scales_of_iq4_xs)(&r, s->scale, s->minimum);
+#pragma GCC unroll 4
+    for (int k = 0; k < HALF; k += 32) {
+        const K(square) v = K(take)(s, &r, AT(iq4_xs, qs) + 64 * h + k / 2);
+        K(emit)(s, k, K(through)(K(iq4_table), K(cut)(v, 0, NIBBLES, 0)));
+        K(emit)(s, k + 16, K(through)(K(iq4_table), K(cut)(v, 4, NIBBLES, 0)));
+    }
+}
+PIECE_OF(q2_k) {
+    const int h = k0 / HALF;
+    if (h == 0) K(scales_of_q2_k)(&r, s->scale, s->minimum);
+#pragma GCC unroll 2
+    for (int c = 0; c < 32; c += 16) {
+        const K(square) v = K(take)(s, &r, AT(q2_k, qs) + 32 * h + c);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++) K(emit)(s, 32 * g + c, K(cut)(v, 2 * g, PAIRS, 0));
+    }
+}
+PIECE_OF(q3_k) {
+    const int h = k0 / HALF;
+    if (h == 0) K(scales_of_q3_k)(&r, s->scale, s->minimum);
+#pragma GCC unroll 2
+    for (int c = 0; c < 32; c += 16) {
+        const K(square) two = K(take)(s, &r, AT(q3_k, qs) + 32 * h + c);
+        const K(square) third = K(take)(s, &r, AT(q3_k, hmask) + c);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++)
+            K(emit)(s, 32 * g + c, K(join)(K(cut)(two, 2 * g, PAIRS, 0), K(cut)(third, 4 * h + g, ONES, 2)));
+    }
+}
+#undef PIECE_OF
+#undef AT
 
 /* -- Steps put together: a panel of many columns, or the results of one token ------------------------------------------- */
 
 #define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
     static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p,                    \
                                  const uint8_t *next) {                                                                \
+        enum { BYTES = sizeof(block_##name), PIECE = (values) < HALF ? (values) : HALF };                              \
+        _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
         for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
-            const int64_t at = k / (values) * (int64_t)sizeof(block_##name), g = k / (group) * LANES;                  \
-            const K(sink) s = {{p.q + k * LANES, p.scale + g, p.minimum + g}, NULL, NULL, group, most};                \
-            K(step_##name)(w + at, stride, rows, cols - k, &s, next + at * LANES);                                     \
+            const int left = cols - k < STEP ? (int)(cols - k) : STEP;                                                 \
+            const int64_t at = k / (values) * BYTES, g = k / (group) * LANES;                                          \
+            const K(rows) r = K(sixteen)(w + at, stride, rows, left / (values) * BYTES, spare);                        \
+            for (int c = 0; c < left; c += PIECE) {                                                                    \
+                const uint8_t *ahead = next + at * LANES + c * BYTES * LANES / (values);                               \
+                uint8_t *q = p.q + (k + c) * LANES;                                                                    \
+                K(sink) s = {                                                                                          \
+                    q, NULL, NULL, NULL, p.scale + g, p.minimum + g, group, bias, most, ahead, values, BYTES};         \
+                K(piece_of_##name)(r, c, &s);                                                                          \
+            }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
-    static void K(one_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, const block_a8 *x, float *y,   \
-                              const uint8_t *next) {                                                                   \
+    static void K(one_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, const void *activations,       \
+                              float *y, const uint8_t *next) {                                                         \
+        enum { BYTES = sizeof(block_##name), PIECE = (values) < HALF ? (values) : HALF };                              \
+        _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
         _Alignas(64) float scale[STEP / (group)][LANES], minimum[STEP / (group)][LANES];                               \
+        const block_a8 *x = activations;                                                                               \
         vf total = K(zero)();                                                                                          \
-        for (int64_t k = 0; k < cols; k += STEP, x += STEP / 32) {                                                     \
-            const int64_t at = k / (values) * (int64_t)sizeof(block_##name);                                           \
-            const int groups = (int)((values) < STEP && cols - k < STEP ? cols - k : STEP) / (group);                  \
-            vi sum[STEP / (group)];                                                                                    \
-            _Pragma("GCC unroll 16") for (int g = 0; g < STEP / (group); g++) {                                        \
-                const block_a8 *a = x + (g < groups ? g * (group) / 32 : 0);                                           \
-                const int32_t half = g % 2 ? a->minus_sum - a->minus_half : a->minus_half;                             \
-                sum[g] = K(start)(bias, most, (group) == 32 ? a->minus_sum : half);                                    \
-            }                                                                                                          \
-            const K(sink) s = {{NULL, scale[0], minimum[0]}, x, sum, group, most};                                     \
-            K(step_##name)(w + at, stride, rows, cols - k, &s, next + at * LANES);                                     \
-            _Pragma("GCC unroll 16") for (int g = 0; g < STEP / (group); g++) {                                        \
-                if (g >= groups) break;                                                                                \
-                const block_a8 *a = x + g * (group) / 32;                                                              \
-                total = K(fma)(K(to_float)(sum[g]), K(mul)(K(load)(scale[g]), K(set1)(a->d)), total);                  \
-                if (!(minima)) continue;                                                                               \
-                const int32_t half = g % 2 ? a->minus_sum - a->minus_half : a->minus_half;                             \
-                total = K(fma)(K(load)(minimum[g]), K(set1)((group) == 32 ? a->dsum : a->d * (float)-half), total);    \
+        for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
+            const int left = cols - k < STEP ? (int)(cols - k) : STEP;                                                 \
+            const int64_t at = k / (values) * BYTES;                                                                   \
+            const K(rows) r = K(sixteen)(w + at, stride, rows, left / (values) * BYTES, spare);                        \
+            for (int c = 0; c < left; c += PIECE, x += PIECE / 32) {                                                   \
+                const uint8_t *ahead = next + at * LANES + c * BYTES * LANES / (values);                               \
+                vi sum[PIECE / (group)], part[4];                                                                      \
+                K(sink) s = {NULL, x, sum, part, scale[0], minimum[0], group, bias, most, ahead, values, BYTES};       \
+                K(piece_of_##name)(r, c, &s);                                                                          \
+                _Pragma("GCC unroll 8") for (int g = 0; g < PIECE / (group); g++) {                                    \
+                    const block_a8 *a = x + g * (group) / 32;                                                          \
+                    const int n = c / (group) + g;                                                                     \
+                    total = K(fma)(K(to_float)(sum[g]), K(mul)(K(load)(scale[n]), K(set1)(a->d)), total);              \
+                    if (!(minima)) continue;                                                                           \
+                    const float dsum = (group) == 32 ? a->dsum : a->d * (float)-K(minus)(a, group, g % 2);             \
+                    total = K(fma)(K(load)(minimum[n]), K(set1)(dsum), total);                                         \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
         K(store)(y, total);                                                                                            \
@@ -380,23 +360,52 @@ SUPER(iq4_xs)
 #include "../quants.def"
 #undef QUANT
 
-/* -- Floats ----------------------------------------------------------------------------------------------------------------- */
+/* -- Floats: sixteen columns at a time -------------------------------------------------------------------------------- */
 
-#define FLOATS(name, value, load)                                                                                      \
+/* The values in a dword of every row. */
+static INLINE void K(values_of_f32)(vi x, vf y[1]) { y[0] = K(as_float)(x); }
+static INLINE void K(values_of_f16)(vi x, vf y[2]) {
+    y[0] = K(halves)(x);
+    y[1] = K(halves)(K(bits)(x, 16, 0xffff, 0));
+}
+static INLINE void K(values_of_bf16)(vi x, vf y[2]) {
+    y[0] = K(as_float)(K(bits)(x, 0, 0xffff, 16));
+    y[1] = K(as_float)(K(bits)(x, 16, 0xffff, 16));
+}
+
+#define FLOATS(name, value)                                                                                            \
+    static INLINE void K(columns_of_##name)(const uint8_t *w, int64_t stride, int rows, int64_t k, vf column[16],      \
+                                            const uint8_t *next) {                                                     \
+        enum { EACH = 4 / sizeof(value), BYTES = 16 * sizeof(value) };                                                 \
+        _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
+        K(rows) r = K(sixteen)(w + k * (int64_t)sizeof(value), stride, rows, BYTES, spare);                            \
+        for (int n = 0; n < BYTES * LANES; n += 64) K(prefetch)(next + k * LANES * (int64_t)sizeof(value) + n);        \
+        _Pragma("GCC unroll 4") for (int j = 0; j < 4 / EACH; j++) {                                                   \
+            const K(square) s = K(turned)(&r, 16 * j);                                                                 \
+            FOUR K(values_of_##name)(s.i[i], column + (4 * j + i) * EACH);                                             \
+        }                                                                                                              \
+    }                                                                                                                  \
     static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p,                    \
                                  const uint8_t *next) {                                                                \
-        float *out = (float *)p.q;                                                                                     \
         for (int64_t k = 0; k < cols; k += 16) {                                                                       \
-            _Alignas(64) float lines[LANES][LANES];                                                                    \
-            for (int r = 0; r < LANES; r++) {                                                                          \
-                const value *row = (const value *)(w + (r < rows ? r : 0) * stride) + k;                               \
-                K(store)(lines[r], load(row));                                                                         \
-                K(prefetch)(next + (k * LANES + 16 * r) * (int64_t)sizeof(value));                                     \
-            }                                                                                                          \
-            K(transpose)((const uint8_t *)lines, 64, (uint8_t *)(out + k * LANES), 16);                                \
+            vf column[16];                                                                                             \
+            K(columns_of_##name)(w, stride, rows, k, column, next);                                                    \
+            _Pragma("GCC unroll 16") for (int j = 0; j < 16; j++) K(store)((float *)p.q + (k + j) * LANES, column[j]); \
         }                                                                                                              \
+    }                                                                                                                  \
+    static void K(one_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, const void *activations,       \
+                              float *y, const uint8_t *next) {                                                         \
+        const float *x = activations;                                                                                  \
+        vf total = K(zero)();                                                                                          \
+        for (int64_t k = 0; k < cols; k += 16) {                                                                       \
+            vf column[16];                                                                                             \
+            K(columns_of_##name)(w, stride, rows, k, column, next);                                                    \
+            _Pragma("GCC unroll 16") for (int j = 0; j < 16; j++) total = K(fma)(column[j], K(set1)(x[k + j]), total); \
+        }                                                                                                              \
+        K(store)(y, total);                                                                                            \
     }
-FLOATS(f32, float, K(load))
-FLOATS(f16, f16, K(load_f16))
-FLOATS(bf16, bf16, K(load_bf16))
+FLOATS(f32, float)
+FLOATS(f16, f16)
+FLOATS(bf16, bf16)
 #undef FLOATS
+#undef FOUR

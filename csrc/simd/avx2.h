@@ -60,46 +60,110 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return (vi){K(dot8)(w, x, dwords, most, start), K(dot8)(w + 32, x, dwords, most, start)};
 }
 
-/* The same a line at a time: where the sum starts, and one dword of every row. */
-static INLINE vi K(start)(int bias, int most, int32_t minus_sum) {
-    const __m256i start = _mm256_set1_epi32(most <= 127 ? bias * minus_sum : 0);
-    return (vi){start, start};
-}
-static INLINE vi K(dot_line)(vi sum, dwords line, const int8_t *x, int most) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    int32_t quad;
-    __builtin_memcpy(&quad, x, 4);
-    const __m256i all = _mm256_set1_epi32(quad);
-    vi w;
-    __builtin_memcpy(&w, &line, sizeof w);
-    return (vi){_mm256_add_epi32(sum.a, _mm256_madd_epi16(K(pairs)(w.a, all, most), ones)),
-                _mm256_add_epi32(sum.b, _mm256_madd_epi16(K(pairs)(w.b, all, most), ones))};
-}
+static INLINE vi K(none)(void) { return (vi){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 
-/* Each of 64 bytes below 16 becomes the table's. */
-static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
-    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    vi w;
-    __builtin_memcpy(&w, &line, sizeof w);
-    w = (vi){_mm256_shuffle_epi8(all, w.a), _mm256_shuffle_epi8(all, w.b)};
-    __builtin_memcpy(&line, &w, sizeof w);
-    return line;
-}
+/* -- Squares: sixteen bytes of sixteen rows; register i has a quarter each of rows i, i + 4, i + 8, i + 12 ---------- */
 
-/* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. Each half of a register holds row i or i + 4, so two rounds of unpacking do. */
-static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
-    for (int eight = 0; eight < 2; eight++, rows += 8 * stride, lines += 32) {
-        __m256i r[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            r[i] =
-                _mm256_loadu2_m128i((const __m128i *)(rows + (i + 4) * stride), (const __m128i *)(rows + i * stride));
-        const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
-        const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
-        _mm256_storeu_si256((__m256i *)lines, _mm256_unpacklo_epi64(a, c));
-        _mm256_storeu_si256((__m256i *)(lines + 64), _mm256_unpackhi_epi64(a, c));
-        _mm256_storeu_si256((__m256i *)(lines + 128), _mm256_unpacklo_epi64(b, d));
-        _mm256_storeu_si256((__m256i *)(lines + 192), _mm256_unpackhi_epi64(b, d));
+static INLINE vi K(load_four)(const uint8_t *const rows[4], int64_t at) {
+    const __m128i *r[4];
+    for (int q = 0; q < 4; q++) r[q] = (const __m128i *)(rows[q] + at);
+    return (vi){_mm256_loadu2_m128i(r[1], r[0]), _mm256_loadu2_m128i(r[3], r[2])};
+}
+static INLINE void K(turn_half)(__m256i r[4]) {
+    const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
+    const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm256_unpacklo_epi64(a, c);
+    r[1] = _mm256_unpackhi_epi64(a, c);
+    r[2] = _mm256_unpacklo_epi64(b, d);
+    r[3] = _mm256_unpackhi_epi64(b, d);
+}
+/* Register i then has dword i of every row: two rounds of unpacking, since quarter q is of row i + 4 q. */
+static INLINE void K(turn)(vi r[4]) {
+    __m256i a[4] = {r[0].a, r[1].a, r[2].a, r[3].a}, b[4] = {r[0].b, r[1].b, r[2].b, r[3].b};
+    K(turn_half)(a);
+    K(turn_half)(b);
+    for (int i = 0; i < 4; i++) r[i] = (vi){a[i], b[i]};
+}
+/* Sums of products of sixteen bytes: in twos where those of a group fit 16 bits, else in fours; and what they come to for each row. */
+static INLINE vi K(dot_square)(vi sum, vi w, const int8_t *x, int most) {
+    const __m256i ones = _mm256_set1_epi16(1), all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)x));
+    const __m256i a = K(pairs)(w.a, all, most), b = K(pairs)(w.b, all, most);
+    if (most <= 63) return (vi){_mm256_add_epi16(sum.a, a), _mm256_add_epi16(sum.b, b)};
+    return (vi){_mm256_add_epi32(sum.a, _mm256_madd_epi16(a, ones)),
+                _mm256_add_epi32(sum.b, _mm256_madd_epi16(b, ones))};
+}
+static INLINE __m256i K(fold_half)(__m256i a, __m256i b, __m256i c, __m256i d, int most, int32_t start) {
+    if (most <= 63) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        a = _mm256_madd_epi16(a, ones);
+        b = _mm256_madd_epi16(b, ones);
+        c = _mm256_madd_epi16(c, ones);
+        d = _mm256_madd_epi16(d, ones);
     }
+    /* A full byte is made signed in pairs(): no bias is left. */
+    const __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    return most <= 127 ? _mm256_add_epi32(sum, _mm256_set1_epi32(start)) : sum;
+}
+static INLINE vi K(fold)(const vi r[4], int most, int32_t start) {
+    return (vi){K(fold_half)(r[0].a, r[1].a, r[2].a, r[3].a, most, start),
+                K(fold_half)(r[0].b, r[1].b, r[2].b, r[3].b, most, start)};
+}
+/* The bits of each dword from `down` on that `mask` keeps, moved `up`. */
+static INLINE vi K(bits)(vi x, int down, uint32_t mask, int up) {
+    const __m256i kept = _mm256_set1_epi32((int)(mask << up));
+    x = up > down ? (vi){_mm256_slli_epi32(x.a, up - down), _mm256_slli_epi32(x.b, up - down)}
+                  : (vi){_mm256_srli_epi32(x.a, down - up), _mm256_srli_epi32(x.b, down - up)};
+    return (vi){_mm256_and_si256(x.a, kept), _mm256_and_si256(x.b, kept)};
+}
+static INLINE vi K(or)(vi x, vi y) { return (vi){_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+static INLINE vi K(flip)(vi x) {
+    const __m256i top = _mm256_set1_epi8(-128);
+    return (vi){_mm256_xor_si256(x.a, top), _mm256_xor_si256(x.b, top)};
+}
+/* Each byte below 16 becomes the table's. */
+static INLINE vi K(lookup)(const uint8_t *table, vi x) {
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (vi){_mm256_shuffle_epi8(all, x.a), _mm256_shuffle_epi8(all, x.b)};
+}
+static INLINE __m256i K(spread_half)(__m256i x, int half) {
+    const __m256i bytes = _mm256_set_epi64x(0x0101010101010101, 0, 0x0101010101010101, 0);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    x = _mm256_shuffle_epi8(x, _mm256_add_epi8(bytes, _mm256_set1_epi8((char)(2 * half))));
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit), _mm256_set1_epi8(16));
+}
+/* Bit n of the `half` of each quarter's first dword becomes 16 in byte n. */
+static INLINE vi K(spread)(vi x, int half) { return (vi){K(spread_half)(x.a, half), K(spread_half)(x.b, half)}; }
+static INLINE void K(store_line)(uint8_t *p, vi x) {
+    _mm256_store_si256((__m256i *)p, x.a);
+    _mm256_store_si256((__m256i *)(p + 32), x.b);
+}
+static INLINE vf K(as_float)(vi x) { return (vf){_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+/* The low half of each dword as an f16. */
+static INLINE vf K(halves)(vi x) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    __m256i all = _mm256_packus_epi32(_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low));
+    all = _mm256_permute4x64_epi64(all, 0xd8);
+    return (vf){_mm256_cvtph_ps(_mm256_castsi256_si128(all)), _mm256_cvtph_ps(_mm256_extracti128_si256(all, 1))};
+}
+/* An f16 of each row. */
+static INLINE int K(f16_at)(const uint8_t *p) {
+    uint16_t x;
+    __builtin_memcpy(&x, p, 2);
+    return x;
+}
+static INLINE __m128i K(f16_of_eight)(const uint8_t *a, const uint8_t *b, int64_t stride) {
+    __m128i x = _mm_cvtsi32_si128(K(f16_at)(a));
+    x = _mm_insert_epi16(x, K(f16_at)(a + stride), 1);
+    x = _mm_insert_epi16(x, K(f16_at)(a + 2 * stride), 2);
+    x = _mm_insert_epi16(x, K(f16_at)(a + 3 * stride), 3);
+    x = _mm_insert_epi16(x, K(f16_at)(b), 4);
+    x = _mm_insert_epi16(x, K(f16_at)(b + stride), 5);
+    x = _mm_insert_epi16(x, K(f16_at)(b + 2 * stride), 6);
+    return _mm_insert_epi16(x, K(f16_at)(b + 3 * stride), 7);
+}
+static INLINE vf K(f16_of_each)(const uint8_t *const rows[4], int64_t stride, int64_t at) {
+    const __m128i low = K(f16_of_eight)(rows[0] + at, rows[1] + at, stride),
+                  high = K(f16_of_eight)(rows[2] + at, rows[3] + at, stride);
+    return (vf){_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
 }
 static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }

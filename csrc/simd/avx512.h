@@ -32,39 +32,80 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
     return sum;
 }
 
-/* The same a line at a time: where the sum starts, and one dword of every row. */
-static INLINE vi K(start)(int bias, int most, int32_t minus_sum) {
-    (void)most;
-    return _mm512_set1_epi32(bias * minus_sum);
-}
-static INLINE vi K(dot_line)(vi sum, dwords line, const int8_t *x, int most) {
-    (void)most;
-    int32_t quad;
-    __builtin_memcpy(&quad, x, 4);
-    return _mm512_dpbusd_epi32(sum, (vi)line, _mm512_set1_epi32(quad));
-}
+static INLINE vi K(none)(void) { return _mm512_setzero_si512(); }
 
-/* Each of 64 bytes below 16 becomes the table's. */
-static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
-    return (dwords)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), (vi)line);
-}
+/* -- Squares: sixteen bytes of sixteen rows; register i has a quarter each of rows i, i + 4, i + 8, i + 12 ---------- */
 
-/* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. Quarter q of a register holds row i + 4 q, so two rounds of unpacking do. */
-static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
-    vi r[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const uint8_t *x = rows + i * stride;
-        r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)x));
-        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x + 4 * stride)), 1);
-        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x + 8 * stride)), 2);
-        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x + 12 * stride)), 3);
-    }
+static INLINE vi K(load_four)(const uint8_t *const rows[4], int64_t at) {
+    const __m128i *r[4];
+    for (int q = 0; q < 4; q++) r[q] = (const __m128i *)(rows[q] + at);
+    const __m256i low =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(r[0])), _mm_loadu_si128(r[1]), 1);
+    const __m256i high =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(r[2])), _mm_loadu_si128(r[3]), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+/* Register i then has dword i of every row: two rounds of unpacking, since quarter q is of row i + 4 q. */
+static INLINE void K(turn)(vi r[4]) {
     const vi a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
     const vi c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-    _mm512_store_si512(lines, _mm512_unpacklo_epi64(a, c));
-    _mm512_store_si512(lines + 64, _mm512_unpackhi_epi64(a, c));
-    _mm512_store_si512(lines + 128, _mm512_unpacklo_epi64(b, d));
-    _mm512_store_si512(lines + 192, _mm512_unpackhi_epi64(b, d));
+    r[0] = _mm512_unpacklo_epi64(a, c);
+    r[1] = _mm512_unpackhi_epi64(a, c);
+    r[2] = _mm512_unpacklo_epi64(b, d);
+    r[3] = _mm512_unpackhi_epi64(b, d);
+}
+/* Sums of products of sixteen bytes, four and four; and what they come to for each row. */
+static INLINE vi K(dot_square)(vi sum, vi w, const int8_t *x, int most) {
+    (void)most;
+    return _mm512_dpbusd_epi32(sum, w, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)x)));
+}
+static INLINE vi K(fold)(const vi r[4], int most, int32_t start) {
+    (void)most;
+    const vi a = _mm512_add_epi32(_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[0], r[1]));
+    const vi b = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2], r[3]), _mm512_unpackhi_epi32(r[2], r[3]));
+    const vi sum = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    return _mm512_add_epi32(sum, _mm512_set1_epi32(start));
+}
+/* The bits of each dword from `down` on that `mask` keeps, moved `up`. */
+static INLINE vi K(bits)(vi x, int down, uint32_t mask, int up) {
+    x = up > down ? _mm512_slli_epi32(x, up - down) : _mm512_srli_epi32(x, down - up);
+    return _mm512_and_si512(x, _mm512_set1_epi32((int)(mask << up)));
+}
+static INLINE vi K(or)(vi x, vi y) { return _mm512_or_si512(x, y); }
+static INLINE vi K(flip)(vi x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+/* Each byte below 16 becomes the table's. */
+static INLINE vi K(lookup)(const uint8_t *table, vi x) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), x);
+}
+/* Bit n of the `half` of each quarter's first dword becomes 16 in byte n. */
+static INLINE vi K(spread)(vi x, int half) {
+    const __m128i bytes = _mm_add_epi8(_mm_set_epi64x(0x0101010101010101, 0), _mm_set1_epi8((char)(2 * half)));
+    const vi copies = _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(bytes));
+    return _mm512_maskz_set1_epi8(_mm512_test_epi8_mask(copies, _mm512_set1_epi64((int64_t)0x8040201008040201)), 16);
+}
+static INLINE void K(store_line)(uint8_t *p, vi x) { _mm512_store_si512(p, x); }
+static INLINE vf K(as_float)(vi x) { return _mm512_castsi512_ps(x); }
+/* The low half of each dword as an f16. */
+static INLINE vf K(halves)(vi x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+/* An f16 of each row. */
+static INLINE int K(f16_at)(const uint8_t *p) {
+    uint16_t x;
+    __builtin_memcpy(&x, p, 2);
+    return x;
+}
+static INLINE __m128i K(f16_of_eight)(const uint8_t *a, const uint8_t *b, int64_t stride) {
+    __m128i x = _mm_cvtsi32_si128(K(f16_at)(a));
+    x = _mm_insert_epi16(x, K(f16_at)(a + stride), 1);
+    x = _mm_insert_epi16(x, K(f16_at)(a + 2 * stride), 2);
+    x = _mm_insert_epi16(x, K(f16_at)(a + 3 * stride), 3);
+    x = _mm_insert_epi16(x, K(f16_at)(b), 4);
+    x = _mm_insert_epi16(x, K(f16_at)(b + stride), 5);
+    x = _mm_insert_epi16(x, K(f16_at)(b + 2 * stride), 6);
+    return _mm_insert_epi16(x, K(f16_at)(b + 3 * stride), 7);
+}
+static INLINE vf K(f16_of_each)(const uint8_t *const rows[4], int64_t stride, int64_t at) {
+    const __m128i low = K(f16_of_eight)(rows[0] + at, rows[1] + at, stride),
+                  high = K(f16_of_eight)(rows[2] + at, rows[3] + at, stride);
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
 }
 static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }

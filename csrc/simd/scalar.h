@@ -58,29 +58,80 @@ static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias,
         EACH for (int k = 0; k < 4; k++) sum.v[i] += (int32_t)w[64 * j + 4 * i + k] * (int32_t)x[4 * j + k];
     return sum;
 }
-/* The same a line at a time: where the sum starts, and one dword of every row. */
-static INLINE vi K(start)(int bias, int most, int32_t minus_sum) {
+static INLINE vi K(none)(void) { return (vi){{0}}; }
+
+/* -- Squares: sixteen bytes of sixteen rows; register i has a quarter each of rows i, i + 4, i + 8, i + 12 ---------- */
+
+static INLINE vi K(load_four)(const uint8_t *const rows[4], int64_t at) {
+    vi x;
+    for (int q = 0; q < 4; q++) __builtin_memcpy(&x.v[4 * q], rows[q] + at, 16);
+    return x;
+}
+/* Register i then has dword i of every row. */
+static INLINE void K(turn)(vi r[4]) {
+    vi t[4];
+    for (int j = 0; j < 4; j++) EACH t[j].v[i] = r[i % 4].v[i / 4 * 4 + j];
+    for (int j = 0; j < 4; j++) r[j] = t[j];
+}
+/* Sums of products of sixteen bytes, four and four; and what they come to for each row. */
+static INLINE vi K(dot_square)(vi sum, vi w, const int8_t *x, int most) {
+    (void)most;
+    EACH for (int k = 0; k < 4; k++) sum.v[i] +=
+        (int32_t)((uint32_t)w.v[i] >> 8 * k & 255) * (int32_t)x[4 * (i % 4) + k];
+    return sum;
+}
+static INLINE vi K(fold)(const vi r[4], int most, int32_t start) {
     (void)most;
     vi sum;
-    EACH sum.v[i] = bias * minus_sum;
+    EACH sum.v[i] = start;
+    EACH for (int j = 0; j < 4; j++) sum.v[i] += r[i % 4].v[i / 4 * 4 + j];
     return sum;
 }
-static INLINE vi K(dot_line)(vi sum, dwords line, const int8_t *x, int most) {
-    (void)most;
-    EACH for (int k = 0; k < 4; k++) sum.v[i] += (int32_t)(line[i] >> 8 * k & 255) * (int32_t)x[k];
-    return sum;
+/* The bits of each dword from `down` on that `mask` keeps, moved `up`. */
+static INLINE vi K(bits)(vi x, int down, uint32_t mask, int up) {
+    EACH x.v[i] = (int32_t)((uint32_t)x.v[i] >> down << up & mask << up);
+    return x;
 }
-/* Each of 64 bytes below 16 becomes the table's. */
-static INLINE dwords K(lookup)(const uint8_t *table, dwords line) {
+static INLINE vi K(or)(vi x, vi y) {
+    EACH x.v[i] |= y.v[i];
+    return x;
+}
+static INLINE vi K(flip)(vi x) {
+    EACH x.v[i] = (int32_t)((uint32_t)x.v[i] ^ 0x80808080);
+    return x;
+}
+/* Each byte below 16 becomes the table's. */
+static INLINE vi K(lookup)(const uint8_t *table, vi x) {
     uint8_t bytes[64];
-    __builtin_memcpy(bytes, &line, 64);
+    __builtin_memcpy(bytes, &x, 64);
     for (int i = 0; i < 64; i++) bytes[i] = table[bytes[i]];
-    __builtin_memcpy(&line, bytes, 64);
-    return line;
+    __builtin_memcpy(&x, bytes, 64);
+    return x;
 }
-/* Sixteen rows of 16 bytes, `stride` apart, become 4 lines: line j holds dword j of every row. */
-static INLINE void K(transpose_quad)(const uint8_t *rows, int64_t stride, uint8_t *lines) {
-    for (int j = 0; j < 4; j++) EACH __builtin_memcpy(lines + 64 * j + 4 * i, rows + i * stride + 4 * j, 4);
+/* Bit n of the `half` of each quarter's first dword becomes 16 in byte n. */
+static INLINE vi K(spread)(vi x, int half) {
+    uint8_t bytes[64];
+    for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)(((uint32_t)x.v[i / 16 * 4] >> (16 * half + i % 16) & 1) << 4);
+    __builtin_memcpy(&x, bytes, 64);
+    return x;
+}
+static INLINE void K(store_line)(uint8_t *p, vi x) { __builtin_memcpy(p, &x, 64); }
+static INLINE vf K(as_float)(vi x) {
+    vf r;
+    __builtin_memcpy(&r, &x, 64);
+    return r;
+}
+/* The low half of each dword as an f16. */
+static INLINE vf K(halves)(vi x) {
+    f16 low[16];
+    EACH low[i].bits = (uint16_t)x.v[i];
+    return K(load_f16)(low);
+}
+/* An f16 of each row. */
+static INLINE vf K(f16_of_each)(const uint8_t *const rows[4], int64_t stride, int64_t at) {
+    f16 h[16];
+    EACH __builtin_memcpy(&h[i], rows[i / 4] + i % 4 * stride + at, 2);
+    return K(load_f16)(h);
 }
 static INLINE void K(prefetch)(const void *p) { __builtin_prefetch(p, 0, 2); }
 #undef EACH
