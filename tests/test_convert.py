@@ -7,7 +7,6 @@ tools/convert_oracle.py makes it anew.
 import json
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,7 +177,9 @@ def test_sizes_are_labelled_in_two_digits():
 
 def test_a_model_cards_head_is_read_and_nothing_else(tmp_path):
     card = tmp_path / "README.md"
-    card.write_text('---\nlicense: "gemma"\ntags: [a, "b c"]\nlanguage:\n- en\n  - de\nempty:\n---\nlicense: mit\n')
+    card.write_text(
+        '---\nlicense: "gemma"\ntags: [a, "b c"]\nlanguage: # two\n- en\n  - de\nempty:\n---\nlicense: mit\n'
+    )
     assert read_card(card) == {"license": "gemma", "tags": ["a", "b c"], "language": ["en", "de"], "empty": []}
     card.write_text("# No head\nlicense: mit\n")
     assert read_card(card) == {}
@@ -201,7 +202,7 @@ def test_tokens_types_and_template_come_from_the_tokenizer(folders, tmp_path):
     assert metadata["general.sampling.top_k"] == 64
 
 
-def pieces(tmp_path: Path) -> Iterator[Path]:
+def pieces(tmp_path: Path) -> Path:
     """A SentencePiece model of Gemma's make: byte pairs with byte fallback."""
     spm = pytest.importorskip("sentencepiece")
     corpus = tmp_path / "corpus.txt"

@@ -1,6 +1,7 @@
 """Bad input to `gemma4q convert`: each fault is one line that names the file, key or tensor, and nothing is written."""
 
 import json
+import math
 import os
 import resource
 import struct
@@ -145,6 +146,44 @@ def test_a_config_that_is_no_gemma_4_is_said(folder, change, said):
 def test_json_that_cannot_be_read_is_said(folder, name, text, said):
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
     assert refused(folder).startswith(said.format(folder / name))
+
+
+ODD = (None, -1, 0, 10**30, 1.5, "x", [], {}, True, math.nan, math.inf, "\ud800", [[]], [1], {"a": 1}, 2**31, "a/b")
+PLACES = {
+    "e2b": ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
+    "12b": ("config.json", "processor_config.json", "generation_config.json"),
+    "26b": ("config.json", INDEX),
+    "31b": ("config.json",),
+    "e2b-assistant": ("config.json",),
+}
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory) -> dict[str, Path]:
+    return {kind: tiny_hf.make(kind, tmp_path_factory.mktemp("every") / kind) for kind in PLACES}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_odd_value_in_any_file_makes_anything_but_an_error(data, every):
+    kind = data.draw(st.sampled_from(sorted(every)))
+    path = every[kind] / data.draw(st.sampled_from(PLACES[kind]))
+    text = path.read_text()
+    place = whole = json.loads(text)
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)[:60] if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.integers(0, 3)) == 0:
+            break
+        place = place[key]
+    place[key] = data.draw(st.sampled_from(ODD))
+    path.write_text(json.dumps(whole))
+    try:
+        with planned(every[kind], every[kind].parent / "out.gguf", mmproj=data.draw(st.booleans())) as conversion:
+            assert conversion.nbytes > 0
+    except Gemma4qError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_text(text)
 
 
 # -- Tokenizers ------------------------------------------------------------------------------------
