@@ -105,6 +105,14 @@ def test_an_assistants_centroids_are_its_checkpoints_and_can_be_left_out(folders
     assert gguf.tensors.keys() - without.tensors.keys() == KEPT["e2b-assistant"]
 
 
+def test_the_range_of_a_clipped_layer_may_be_a_number_or_a_list_of_one(tmp_path):
+    folder = tiny_hf.make("e2b", tmp_path / "hf")
+    before = convert_oracle.described(convert(folder, tmp_path / "a.gguf", mmproj=True))
+    entries = [(name, dims or (1,)) for name, dims in tiny_hf.contents("e2b")[1]]
+    tiny_hf.write_tensors(folder, entries, "BF16")
+    assert convert_oracle.described(convert(folder, tmp_path / "b.gguf", mmproj=True)) == before
+
+
 def test_rows_that_no_token_has_are_left_out(folders, tmp_path):
     shape = replace(tiny_hf.TINY["31b"], vocab=640)
     folder = tiny_hf.make("31b", tmp_path / "hf")

@@ -103,7 +103,7 @@ def encoder_tensors(
                 continue
             raise Gemma4qError("missing_tensor", f"model.{name} is not in {source.folder}")
         stored = found[name]
-        if stored.shape != rule.shape:
+        if stored.shape != rule.shape and not (name.endswith(CLIPS) and stored.shape == (1,)):
             fault = f"{stored.name} has shape {list(stored.shape)}; want {list(rule.shape)}"
             raise Gemma4qError("shape_mismatch", fault)
         target = target_name(name, table)
