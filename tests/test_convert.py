@@ -5,19 +5,23 @@ tools/convert_oracle.py makes it anew.
 """
 
 import json
+import lzma
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import vocab
 
 import gemma4q
 from gemma4q.abi import TensorType
 from gemma4q.convert.card import file_name, name_parts, read_card, size_label
 from gemma4q.convert.convert import planned
 from gemma4q.convert.softplus import softplus
+from gemma4q.convert.tokenizer import derived_merges, tokenizer_keys
 from gemma4q.gguf.quants import dequantize
 from gemma4q.gguf.reader import GGUF, open_gguf
 from gemma4q.model import open_model
@@ -29,7 +33,8 @@ import shapes
 import tiny_hf
 
 EXPECTED = json.loads((Path(__file__).parent / "data/convert.json").read_text())
-# Keys that may differ from llama.cpp's, and why: none does on these directories.
+# Keys that may differ from llama.cpp's, and why. None does on these directories; elsewhere tokenizer.ggml.token_type can:
+# a token that tokenizer.json calls special is control here, there only if tokenizer_config.json names it too.
 UNLIKE: dict[str, str] = {}
 # Tensors that llama.cpp's converter drops, and we keep.
 KEPT = {"e2b-assistant": {"masked_embd_centroids.weight", "masked_embd_ordering"}}
@@ -210,6 +215,15 @@ def test_tokens_types_and_template_come_from_the_tokenizer(folders, tmp_path):
     assert metadata["general.sampling.top_k"] == 64
 
 
+def test_a_token_that_is_special_in_tokenizer_json_alone_is_control(tmp_path):
+    folder = tiny_hf.make("e2b", tmp_path / "hf")
+    (folder / "tokenizer_config.json").unlink()
+    metadata = convert(folder, tmp_path / "o.gguf").metadata
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    assert metadata["tokenizer.ggml.token_type"][tokens.index(b"<|image|>")] == 3
+    assert metadata["tokenizer.ggml.bos_token_id"] == 2, "from config.json"
+
+
 def pieces(tmp_path: Path) -> Path:
     """A SentencePiece model of Gemma's make: byte pairs with byte fallback."""
     spm = pytest.importorskip("sentencepiece")
@@ -241,6 +255,31 @@ def test_a_tokenizer_model_alone_gives_the_tokens_that_sentencepiece_gives(tmp_p
         assert tokenizer.encode(text) == oracle.encode(text), text
     types = gguf.metadata["tokenizer.ggml.token_type"]
     assert [types[oracle.piece_to_id(piece)] for piece in ("<|turn>", "<|channel>", "<0x00>")] == [3, 4, 6]
+
+
+def test_the_published_merges_follow_from_their_pieces_scores():
+    published = open_gguf(vocab.gemma_vocabulary()).metadata
+    tokens = [token.decode() for token in published["tokenizer.ggml.tokens"]]
+    early = np.frombuffer(vocab.sections(lzma.decompress(vocab.PACK.read_bytes()[32:]))[4], np.uint32)
+    scores = dict(zip(tokens, -np.arange(1.0, len(tokens) + 1), strict=True))
+    scores |= {tokens[i]: 0.0 for i in sorted(early.tolist())}  # what a trainer was told to keep whole
+    assert derived_merges(scores) == [merge.decode() for merge in published["tokenizer.ggml.merges"]]
+
+
+def test_the_published_vocabulary_comes_out_byte_for_byte(tmp_path):
+    published = open_gguf(vocab.gemma_vocabulary()).metadata
+    tokens = [token.decode() for token in published["tokenizer.ggml.tokens"]]
+    special = [i for i, type in enumerate(published["tokenizer.ggml.token_type"].tolist()) if type in (3, 4)]
+    merges = [re.fullmatch("(.[^ ]*) (.*)", merge.decode(), re.DOTALL) for merge in published["tokenizer.ggml.merges"]]
+    bpe = {"type": "BPE", "byte_fallback": True, "vocab": dict(zip(tokens, range(len(tokens)), strict=True))}
+    added = [{"id": i, "content": tokens[i], "special": True} for i in special]
+    whole = {"added_tokens": added, "model": bpe | {"merges": [pair.groups() for pair in merges]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    keys = tokenizer_keys(tmp_path, {})
+    for name in ("tokens", "merges"):
+        assert keys[f"tokenizer.ggml.{name}"].data.tobytes() == published[f"tokenizer.ggml.{name}"].data.tobytes()
+    for name in ("scores", "token_type"):
+        assert np.array_equal(keys[f"tokenizer.ggml.{name}"], published[f"tokenizer.ggml.{name}"])
 
 
 def test_without_sentencepiece_a_tokenizer_model_says_what_to_install(tmp_path, monkeypatch):
