@@ -33,8 +33,8 @@ import shapes
 import tiny_hf
 
 EXPECTED = json.loads((Path(__file__).parent / "data/convert.json").read_text())
-# Keys that may differ from llama.cpp's, and why. None does on these directories; elsewhere tokenizer.ggml.token_type can:
-# a token that tokenizer.json calls special is control here, there only if tokenizer_config.json names it too.
+# Keys that may differ from llama.cpp's, and why. None does on these directories; elsewhere tokenizer.ggml.token_type
+# can: a token that tokenizer.json calls special is control here, there only if tokenizer_config.json names it too.
 UNLIKE: dict[str, str] = {}
 # Tensors that llama.cpp's converter drops, and we keep.
 KEPT = {"e2b-assistant": {"masked_embd_centroids.weight", "masked_embd_ordering"}}
