@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -162,6 +163,22 @@ def test_a_base_of_another_model_is_refused_before_anything_is_measured(measured
 def test_wrong_usage_is_exit_status_2(arguments):
     done = bench(*arguments)
     assert done.exit_code == 2 and "Usage:" in done.stderr
+
+
+def test_a_peer_that_is_not_installed_is_one_line():
+    if find_spec("llama_cpp"):
+        pytest.skip("it is installed")
+    done = bench(TOY, "--vs", "llama.cpp")
+    assert done.exit_code == 1 and ERROR_LINE.fullmatch(done.stderr) and "--peer-python" in done.stderr
+
+
+@pytest.mark.peers
+def test_llama_cpp_is_measured_in_pairs():
+    pytest.importorskip("llama_cpp")
+    done = bench(TOY, "--vs", "llama.cpp", "-p", "32", "-n", "4", "-r", "2", "--busy", "0", "-o", "json")
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["test"] for row in rows] == ["pp32", "tg4"] and all(row["pairs"] == 2 for row in rows)
+    assert all(row["least"] <= row["ratio"] <= row["most"] for row in rows)
 
 
 def test_a_worker_that_is_killed_is_one_error():
