@@ -202,16 +202,17 @@ def saved(speed: float = 1.0, machine: float = 1.0, noise: float = 0.002) -> dic
     return {"model": model, "results": [result], "machine": about, "build": {"commit": "abc"}}
 
 
-def test_a_loss_beyond_its_doubt_is_told_whatever_the_machine_gives():
-    for machine in (1.0, 1.3):
-        whole, kernel = base.compare(saved(), saved(0.8, machine)["results"], Path("b"))
-        assert whole.change == pytest.approx(0.25, abs=0.02) and whole.beyond(0.03) == kernel.beyond(0.03) is True
-        assert kernel.name == "tg8: matmul" and whole.machine == pytest.approx(machine - 1)
+@pytest.mark.parametrize("machine", [1.0, 1.1, 0.9])
+def test_a_loss_beyond_its_doubt_is_told_whatever_the_machine_gives(machine):
+    whole, kernel = base.compare(saved(), saved(0.8, machine)["results"], Path("b"))
+    for row in (whole, kernel):
+        assert row.beyond(0.03) and abs(math.log((1 + row.change) / 1.25)) < math.log(1 + row.doubt)
+    assert kernel.name == "tg8: matmul" and whole.machine == pytest.approx(machine - 1)
 
 
 def test_the_machines_mood_is_no_loss_and_adds_to_the_doubt():
     (calm, _), (moved, _) = (base.compare(saved(), saved(1.0, m)["results"], Path("b")) for m in (1.0, 0.6))
-    assert not moved.beyond(0.03) and abs(moved.change) < 0.01
+    assert not calm.beyond(0.03) and not moved.beyond(0.03)
     assert moved.doubt > calm.doubt + 0.1
     (noisy, _) = base.compare(saved(noise=0.1), saved(0.95, noise=0.1)["results"], Path("b"))
     assert noisy.doubt > 0.1 and not noisy.beyond(0.03)
@@ -231,7 +232,6 @@ def test_what_was_saved_is_found_again_and_is_of_this_model(tmp_path):
         lambda d: d["results"][0].pop("probes"),
         lambda d: d["results"][0].update(samples_ns=["x"] * 5),
         lambda d: d["results"][0].update(samples_ns=[0] * 5),
-        lambda d: d["results"][0].update(samples_ns=[1, 2]),
         lambda d: d["results"].append(7),
         lambda d: d["results"].clear(),
         lambda d: d["results"][0].update(kernels=None),

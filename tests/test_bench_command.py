@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -93,8 +94,8 @@ def test_a_backend_without_op_times_is_measured_all_the_same():
 
 def test_compare_prints_changes_with_their_doubt_and_their_probe(measured, tmp_path):
     _, path = measured
-    same = (*QUICK, "-o", "json")
-    for factor, status in ((1, 0), (1e-6, 1)):  # beside what it was, and beside a machine a million times as fast
+    same = (*QUICK, "-r", "3", "-o", "json")
+    for factor, status in ((1, 0), (1e-9, 1)):  # beside what it was, and beside what nothing could be
         then = json.loads(path.read_text())
         for result in then["results"]:
             result["samples_ns"] = [ns * factor for ns in result["samples_ns"]]
@@ -162,6 +163,22 @@ def test_a_base_of_another_model_is_refused_before_anything_is_measured(measured
 def test_wrong_usage_is_exit_status_2(arguments):
     done = bench(*arguments)
     assert done.exit_code == 2 and "Usage:" in done.stderr
+
+
+def test_a_peer_that_is_not_installed_is_one_line():
+    if find_spec("llama_cpp"):
+        pytest.skip("it is installed")
+    done = bench(TOY, "--vs", "llama.cpp")
+    assert done.exit_code == 1 and ERROR_LINE.fullmatch(done.stderr) and "--peer-python" in done.stderr
+
+
+@pytest.mark.peers
+def test_llama_cpp_is_measured_in_pairs():
+    pytest.importorskip("llama_cpp")
+    done = bench(TOY, "--vs", "llama.cpp", "-p", "32", "-n", "4", "-r", "2", "--busy", "0", "-o", "json")
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["test"] for row in rows] == ["pp32", "tg4"] and all(row["pairs"] == 2 for row in rows)
+    assert all(row["least"] <= row["ratio"] <= row["most"] for row in rows)
 
 
 def test_a_worker_that_is_killed_is_one_error():

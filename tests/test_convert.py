@@ -5,20 +5,23 @@ tools/convert_oracle.py makes it anew.
 """
 
 import json
+import lzma
 import os
+import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import vocab
 
 import gemma4q
 from gemma4q.abi import TensorType
 from gemma4q.convert.card import file_name, name_parts, read_card, size_label
 from gemma4q.convert.convert import planned
 from gemma4q.convert.softplus import softplus
+from gemma4q.convert.tokenizer import derived_merges, tokenizer_keys
 from gemma4q.gguf.quants import dequantize
 from gemma4q.gguf.reader import GGUF, open_gguf
 from gemma4q.model import open_model
@@ -30,7 +33,8 @@ import shapes
 import tiny_hf
 
 EXPECTED = json.loads((Path(__file__).parent / "data/convert.json").read_text())
-# Keys that may differ from llama.cpp's, and why: none does on these directories.
+# Keys that may differ from llama.cpp's, and why. None does on these directories; elsewhere tokenizer.ggml.token_type
+# can: a token that tokenizer.json calls special is control here, there only if tokenizer_config.json names it too.
 UNLIKE: dict[str, str] = {}
 # Tensors that llama.cpp's converter drops, and we keep.
 KEPT = {"e2b-assistant": {"masked_embd_centroids.weight", "masked_embd_ordering"}}
@@ -106,6 +110,14 @@ def test_an_assistants_centroids_are_its_checkpoints_and_can_be_left_out(folders
     assert gguf.tensors.keys() - without.tensors.keys() == KEPT["e2b-assistant"]
 
 
+def test_the_range_of_a_clipped_layer_may_be_a_number_or_a_list_of_one(tmp_path):
+    folder = tiny_hf.make("e2b", tmp_path / "hf")
+    before = convert_oracle.described(convert(folder, tmp_path / "a.gguf", mmproj=True))
+    entries = [(name, dims or (1,)) for name, dims in tiny_hf.contents("e2b")[1]]
+    tiny_hf.write_tensors(folder, entries, "BF16")
+    assert convert_oracle.described(convert(folder, tmp_path / "b.gguf", mmproj=True)) == before
+
+
 def test_rows_that_no_token_has_are_left_out(folders, tmp_path):
     shape = replace(tiny_hf.TINY["31b"], vocab=640)
     folder = tiny_hf.make("31b", tmp_path / "hf")
@@ -178,7 +190,9 @@ def test_sizes_are_labelled_in_two_digits():
 
 def test_a_model_cards_head_is_read_and_nothing_else(tmp_path):
     card = tmp_path / "README.md"
-    card.write_text('---\nlicense: "gemma"\ntags: [a, "b c"]\nlanguage:\n- en\n  - de\nempty:\n---\nlicense: mit\n')
+    card.write_text(
+        '---\nlicense: "gemma"\ntags: [a, "b c"]\nlanguage: # two\n- en\n  - de\nempty:\n---\nlicense: mit\n'
+    )
     assert read_card(card) == {"license": "gemma", "tags": ["a", "b c"], "language": ["en", "de"], "empty": []}
     card.write_text("# No head\nlicense: mit\n")
     assert read_card(card) == {}
@@ -201,7 +215,16 @@ def test_tokens_types_and_template_come_from_the_tokenizer(folders, tmp_path):
     assert metadata["general.sampling.top_k"] == 64
 
 
-def pieces(tmp_path: Path) -> Iterator[Path]:
+def test_a_token_that_is_special_in_tokenizer_json_alone_is_control(tmp_path):
+    folder = tiny_hf.make("e2b", tmp_path / "hf")
+    (folder / "tokenizer_config.json").unlink()
+    metadata = convert(folder, tmp_path / "o.gguf").metadata
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    assert metadata["tokenizer.ggml.token_type"][tokens.index(b"<|image|>")] == 3
+    assert metadata["tokenizer.ggml.bos_token_id"] == 2, "from config.json"
+
+
+def pieces(tmp_path: Path) -> Path:
     """A SentencePiece model of Gemma's make: byte pairs with byte fallback."""
     spm = pytest.importorskip("sentencepiece")
     corpus = tmp_path / "corpus.txt"
@@ -232,6 +255,31 @@ def test_a_tokenizer_model_alone_gives_the_tokens_that_sentencepiece_gives(tmp_p
         assert tokenizer.encode(text) == oracle.encode(text), text
     types = gguf.metadata["tokenizer.ggml.token_type"]
     assert [types[oracle.piece_to_id(piece)] for piece in ("<|turn>", "<|channel>", "<0x00>")] == [3, 4, 6]
+
+
+def test_the_published_merges_follow_from_their_pieces_scores():
+    published = open_gguf(vocab.gemma_vocabulary()).metadata
+    tokens = [token.decode() for token in published["tokenizer.ggml.tokens"]]
+    early = np.frombuffer(vocab.sections(lzma.decompress(vocab.PACK.read_bytes()[32:]))[4], np.uint32)
+    scores = dict(zip(tokens, -np.arange(1.0, len(tokens) + 1), strict=True))
+    scores |= {tokens[i]: 0.0 for i in sorted(early.tolist())}  # what a trainer was told to keep whole
+    assert derived_merges(scores) == [merge.decode() for merge in published["tokenizer.ggml.merges"]]
+
+
+def test_the_published_vocabulary_comes_out_byte_for_byte(tmp_path):
+    published = open_gguf(vocab.gemma_vocabulary()).metadata
+    tokens = [token.decode() for token in published["tokenizer.ggml.tokens"]]
+    special = [i for i, type in enumerate(published["tokenizer.ggml.token_type"].tolist()) if type in (3, 4)]
+    merges = [re.fullmatch("(.[^ ]*) (.*)", merge.decode(), re.DOTALL) for merge in published["tokenizer.ggml.merges"]]
+    bpe = {"type": "BPE", "byte_fallback": True, "vocab": dict(zip(tokens, range(len(tokens)), strict=True))}
+    added = [{"id": i, "content": tokens[i], "special": True} for i in special]
+    whole = {"added_tokens": added, "model": bpe | {"merges": [pair.groups() for pair in merges]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    keys = tokenizer_keys(tmp_path, {})
+    for name in ("tokens", "merges"):
+        assert keys[f"tokenizer.ggml.{name}"].data.tobytes() == published[f"tokenizer.ggml.{name}"].data.tobytes()
+    for name in ("scores", "token_type"):
+        assert np.array_equal(keys[f"tokenizer.ggml.{name}"], published[f"tokenizer.ggml.{name}"])
 
 
 def test_without_sentencepiece_a_tokenizer_model_says_what_to_install(tmp_path, monkeypatch):
@@ -268,7 +316,7 @@ def resident(shape: shapes.Shape, tmp_path: Path, outtype: str) -> tuple[int, in
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    small = replace(shapes.SHAPES["e2b"], layers=3, period=3, shared=0)
+    small = replace(shapes.SHAPES["e2b"], layers=3, period=3, shared=0, vocab=512)
     most, size = resident(small, tmp_path, "q8_0")
     assert size > 100e6
     assert most < 300e6

@@ -130,7 +130,7 @@ def test_a_link_in_the_place_of_the_part_is_not_followed(folder, tmp_path):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """A directory that takes a second or more to convert, and no disk."""
-    shape = replace(shapes.SHAPES["e2b"], layers=10, shared=5)
+    shape = replace(shapes.SHAPES["e2b"], layers=10, shared=5, vocab=512)
     return tiny_hf.sparse(shape, tmp_path_factory.mktemp("large") / "hf")
 
 

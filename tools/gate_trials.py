@@ -4,7 +4,8 @@
 
 Two builds of one commit, one with -DLENGTHEN of a kernel, and `gemma4q bench --against` in turns: the slow one against
 the good one must exit with 1 and name the kernel, the good one against itself must not exit with 1. A try that finds
-the machine too noisy (exit status 3) is counted by itself. Wants a quiet machine; nothing else should run.
+the machine too noisy (exit status 3) is counted by itself. Wants a quiet machine; nothing else should run. Options that
+are not its own, as `--busy 0.95`, go to the gate.
 """
 
 import argparse
@@ -46,8 +47,7 @@ def main() -> int:
     parser.add_argument("--percent", type=int, default=5)
     parser.add_argument("--revision", default="HEAD")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/gemma4q/builds")
-    parser.add_argument("gate", nargs="*", help="more options of `gemma4q bench`, behind --")
-    given = parser.parse_args()
+    given, more = parser.parse_known_args()
     settings = {"LENGTHEN": given.kernel, "LENGTHEN_PERCENT": str(given.percent)}
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     good = interpreter(given.revision, given.cache, say)
@@ -56,7 +56,7 @@ def main() -> int:
     longest = 0.0
     for number in range(1, given.tries + 1):
         for what, python in ((f"{given.kernel} +{given.percent} %", slow), ("equals", good)):
-            status, rows, seconds = trial(python, good, given.model, given.gate)
+            status, rows, seconds = trial(python, good, given.model, more)
             report(what, number, status, rows, seconds)
             named = any(row["verdict"] == "slower" and row["kernel"] == given.kernel for row in rows)
             seen += python == slow and status == 1 and named

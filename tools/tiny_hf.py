@@ -363,8 +363,7 @@ def make(kind: str, folder: Path) -> Path:
 
 
 def sparse(shape: Shape, folder: Path, shards: int = 4) -> Path:
-    """A text model of any size whose weights are holes in the files: no disk, all zeros. The vocabulary is tiny's."""
-    shape = replace(shape, vocab=512)
+    """A text model of any size whose weights are holes in the files: no disk, all zeros. Tokens are filled up."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = sorted(text_tensors(shape, "model.language_model."))
     weight_map = {}
@@ -378,7 +377,11 @@ def sparse(shape: Shape, folder: Path, shards: int = 4) -> Path:
     write_json(
         folder / "config.json", {"architectures": ["Gemma4ForConditionalGeneration"], "text_config": text_config(shape)}
     )
-    for name, value in tokenizer_files(512).items():
+    files = tokenizer_files(512)
+    model = files["tokenizer.json"]["model"]
+    vocab = model["vocab"] | {f"<unused{i}>": i for i in range(512, shape.vocab)}
+    files |= {"tokenizer.json": files["tokenizer.json"] | {"model": model | {"vocab": vocab}}}
+    for name, value in files.items():
         write_json(folder / name, value)
     return folder
 

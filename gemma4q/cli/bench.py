@@ -211,7 +211,7 @@ def _gate(model: str, *, results: Path, **given) -> int:
         outcome = gate.compare(
             starts, given["threshold"] / 100, tests, given["busy"], given["seconds"], progress=progress
         )
-    show.rows(document | {"against": given["against"]}, outcome.rows, "gate", given["output"])
+    show.gate(document | {"against": given["against"]}, outcome.rows, given["output"])
     explain_gate(outcome, given["threshold"], given["against"])
     return outcome.exit
 
@@ -231,14 +231,14 @@ def _versus(model: str, *, results: Path, **given) -> int:
         lambda: Worker(sys.executable, "gemma4q", model, words),
         lambda: Worker(peer, "llama.cpp", model, words),
     ]
-    rows, pairs, about = beside(starts, tests, given["runs"], given["busy"], screen.doing)
+    rows, about = beside(starts, tests, given["runs"], given["busy"], screen.doing)
     screen.done()
     document["sides"] = [{key: value for key, value in side.items() if key != "kernels"} for side in about]
-    show.rows(document, rows, "versus", given["output"], {pair.test.name: pair.test.tokens for pair in pairs})
-    short = [pair.test.name for pair in pairs if len(pair.kept) < given["runs"]]
+    show.versus(document, rows, given["output"])
+    short = [row["test"] for row in rows if row["pairs"] < given["runs"]]
     if short:
         screen.note(f"note: too noisy for {given['runs']} clean pairs of {', '.join(short)}")
-    return 3 if any(not pair.kept for pair in pairs) else 0
+    return 0 if all(row["pairs"] for row in rows) else 3
 
 
 def _one(setups: list, why: str) -> list:

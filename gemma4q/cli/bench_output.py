@@ -64,11 +64,17 @@ class show:
                 click.echo("this backend does not count the time of its ops")
 
     @staticmethod
-    def rows(document: Mapping, rows: Sequence, kind: str, form: str, tokens: Mapping[str, int] | None = None) -> None:
-        from ..measure.report import GATE_COLUMNS, VS_COLUMNS, row_of
+    def gate(document: Mapping, rows: Sequence, form: str) -> None:
+        from ..measure.report import GATE_COLUMNS, row_of
 
-        found = [row_of(row) | ({"tokens": tokens[row.test]} if tokens else {}) for row in rows]
-        _print(form, dict(document) | {"rows": found}, found, GATE_COLUMNS if kind == "gate" else VS_COLUMNS)
+        found = [row_of(row) for row in rows]
+        _print(form, dict(document) | {"rows": found}, found, GATE_COLUMNS)
+
+    @staticmethod
+    def versus(document: Mapping, rows: Sequence[Mapping], form: str) -> None:
+        from ..measure.report import VS_COLUMNS
+
+        _print(form, dict(document) | {"rows": rows}, rows, VS_COLUMNS)
 
     @staticmethod
     def changes(document: Mapping, base: Mapping, changes: Sequence, threshold: float, form: str) -> None:

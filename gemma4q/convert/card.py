@@ -4,10 +4,12 @@ Follows llama.cpp's converter key by key, since names and sizes in model lists c
 that model cards use: `key: value`, and lists in brackets or one dash a line.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import Gemma4qError
 from .files import read_text
 
 LARGEST_CARD = 4 << 20
@@ -55,15 +57,14 @@ def general_keys(folder: Path, config: dict, parameters: tuple[int, int, int]) -
         value = next((card[word] for word in words if isinstance(card.get(word), str)), None)
         keys |= {key: value} if value else {}
     name = next((card[word] for word in ("name", "model_name") if isinstance(card.get(word), str)), None)
-    called = config.get("_name_or_path")
+    called, own = config.get("_name_or_path"), Path(os.path.abspath(folder)).name
     ids = [called] if isinstance(called, str) and called and called.count("/") <= 1 else []
-    for parts in (name_parts(text, parameters[0]) for text in (*ids, folder.resolve().name)):
+    for parts in (name_parts(text, parameters[0]) for text in (*ids, own)):
         name = name or (title(parts["name"]) if "name" in parts else None)
         keys = {k: v for k, v in parts.items() if k != "name"} | keys
     keys.setdefault("size_label", size_label(*parameters))
-    keys |= {"name": name or folder.resolve().name} | _sources(
-        "base_model", listed(card, "base_model", "base_models"), parameters[0]
-    )
+    keys["name"] = name or own
+    keys |= _sources("base_model", listed(card, "base_model", "base_models"), parameters[0])
     keys |= _sources("dataset", listed(card, "datasets", "dataset"), parameters[0])
     for key, words in {"tags": ("tags", "pipeline_tag"), "languages": ("languages", "language")}.items():
         keys |= {key: found} if (found := [item for word in words for item in listed(card, word)]) else {}
@@ -71,11 +72,13 @@ def general_keys(folder: Path, config: dict, parameters: tuple[int, int, int]) -
 
 
 def sampling_keys(generation: dict) -> dict[str, object]:
-    """`general.sampling.*`: what the model's makers recommend."""
+    """`general.sampling.*`: what the model's makers recommend. Raises bad_config."""
     found = {}
     for key, (kind, *words) in SAMPLING.items():
         value = next((generation[word] for word in words if generation.get(word) is not None), None)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if value is not None:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1 << 31:
+                raise Gemma4qError("bad_config", f"generation_config.json: {words[0]} is {value!r:.40}; want a number")
             found[f"general.sampling.{key}"] = kind(value)
     return found
 
@@ -94,7 +97,7 @@ def read_card(path: Path) -> dict[str, str | list[str]]:
             if isinstance(card.get(key), list):
                 card[key].append(_plain(item[1]))
         elif pair := re.fullmatch(r"(\w+):\s*(.*?)\s*", line):
-            key, value = pair[1], pair[2]
+            key, value = pair[1], re.sub(r"(^|\s+)#.*", "", pair[2])
             if value.startswith("[") and value.endswith("]"):
                 card[key] = [_plain(part) for part in value[1:-1].split(",") if part.strip()]
             else:
@@ -204,4 +207,4 @@ def file_name(keys: dict[str, object], outtype: str, mmproj: bool) -> str:
     parts = [keys.get("general.basename") or keys["general.name"], None if mmproj else keys.get("general.size_label")]
     parts += [keys.get("general.finetune"), keys.get("general.version"), outtype.upper()]
     name = "-".join(str(part).strip().replace(" ", "-").replace("/", "-") for part in parts if part)
-    return ("mmproj-" if mmproj else "") + name + ".gguf"
+    return ("mmproj-" if mmproj else "") + "".join(filter(str.isprintable, name)) + ".gguf"

@@ -92,7 +92,7 @@ def open_source(folder: Path) -> Source:
 def _architecture(folder: Path, config: dict) -> str:
     listed = config.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else None
-    if name in TEXT_ARCHITECTURES:
+    if isinstance(name, str) and name in TEXT_ARCHITECTURES:
         return name
     found = f"is a {name}" if isinstance(name, str) else "names no architecture in its config.json"
     raise Gemma4qError("bad_arch", f"{folder} {found}; converted are {', '.join(TEXT_ARCHITECTURES)}")
@@ -176,10 +176,11 @@ def rope(source: Source, kind: str, name: str) -> float | str:
     parameters = source.text["rope_parameters"]
     value = parameters.get(kind) if isinstance(parameters, dict) else None
     value = value.get(name) if isinstance(value, dict) else None
-    wanted = str if name == "rope_type" else int | float
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    if name == "rope_type" and isinstance(value, str):
+        return value
+    if name == "rope_type" or not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e15:
         raise _bad(source, f"rope_parameters.{kind}.{name} is {_shown(value)}")
-    return value if name == "rope_type" else float(value)
+    return float(value)
 
 
 def global_value(source: Source, name: str, plain: str, default: int | None) -> int | None:

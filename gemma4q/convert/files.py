@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
 from ..errors import Gemma4qError
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LARGEST = 512 << 20  # bytes; Gemma's tokenizer.json has 32 MB
 
 
@@ -67,6 +69,11 @@ def parse_json(text: str, path: Path) -> dict:
         raise Gemma4qError("bad_json", f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise Gemma4qError("bad_json", f"{path} is not a JSON object")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Gemma4qError("bad_json", f"{path} holds half a character (a lone surrogate)") from None
     return value
 
 

@@ -69,7 +69,7 @@ def encoder_keys(source: Source) -> dict[str, object]:
         keys |= _sizes("vision", sizes, [_whole(source, vision, name) for name in names])
     keys |= _pixels(source)
     keys |= {"vision.projector_type": "gemma4uv" if source.unified else "gemma4v"}
-    keys |= {"vision.attention.layer_norm_epsilon": float(vision.get("layer_norm_eps", EPS))}
+    keys |= {"vision.attention.layer_norm_epsilon": _eps(source, vision)}
     if audio is not None:
         keys |= {"has_audio_encoder": True, "audio.projection_dim": width}
         if source.unified:
@@ -80,7 +80,7 @@ def encoder_keys(source: Source) -> dict[str, object]:
             keys |= _sizes("audio", sizes, (inner, 4 * inner, *counts))
         keys |= {"audio.projector_type": "gemma4ua" if source.unified else "gemma4a"}
         keys |= {"audio.num_mel_bins": _whole(source, audio, "input_feat_size")}
-        keys |= {"audio.attention.layer_norm_epsilon": float(audio.get("layer_norm_eps", EPS))}
+        keys |= {"audio.attention.layer_norm_epsilon": _eps(source, audio)}
     return {f"clip.{key}": value for key, value in keys.items()}
 
 
@@ -103,7 +103,7 @@ def encoder_tensors(
                 continue
             raise Gemma4qError("missing_tensor", f"model.{name} is not in {source.folder}")
         stored = found[name]
-        if stored.shape != rule.shape:
+        if stored.shape != rule.shape and not (name.endswith(CLIPS) and stored.shape == (1,)):
             fault = f"{stored.name} has shape {list(stored.shape)}; want {list(rule.shape)}"
             raise Gemma4qError("shape_mismatch", fault)
         target = target_name(name, table)
@@ -258,6 +258,13 @@ def _whole(source: Source, part: Mapping, name: str) -> int:
     if not is_count(value, 1 << 20):
         raise _bad(source, f"{name} is {'missing' if value is None else repr(value)[:60]}; want a whole number")
     return value
+
+
+def _eps(source: Source, part: Mapping) -> float:
+    value = part.get("layer_norm_eps", EPS)
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise _bad(source, f"layer_norm_eps is {value!r:.60}; want a number between 0 and 1")
+    return float(value)
 
 
 def _bad(source: Source, text: str) -> Gemma4qError:

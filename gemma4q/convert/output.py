@@ -9,8 +9,8 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -49,8 +49,9 @@ class Planned:
 def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Progress | None = None) -> None:
     """Writes all files, or none; files of the same names are replaced once all is written.
 
-    `inputs`: descriptors of open files that are read meanwhile and must not be written to. Raises same_file, not_gguf (a
-    file of another sort has the name), not_found, not_writable, no_space, busy, io; and what making the tensors raises.
+    `inputs`: descriptors of open files that are read meanwhile and must not be written to. `progress` is told how many
+    bytes of how many are written. Raises same_file, not_gguf (a file of another sort has the name), not_found,
+    not_writable, no_space, busy, io; and what making the tensors raises.
     """
     for file in planned:
         _check_target(file.path, inputs)
@@ -65,10 +66,8 @@ def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Pro
         for file, (_, out) in zip(planned, parts, strict=True):
             out.write(file.header)
             for tensor in file.tensors:
-                write_tensors(out, [tensor], file.alignment)
+                write_tensors(out, [_told(tensor, progress, done, total)], file.alignment)
                 done += tensor.nbytes
-                if progress:
-                    progress(done, total)
             out.flush()
             os.fsync(out.fileno())
         _appear([file.path for file in planned], [path for path, _ in parts])
@@ -82,6 +81,21 @@ def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Pro
         for _, out in parts:
             with contextlib.suppress(OSError):
                 out.close()
+
+
+def _told(tensor: TensorData, progress: Progress | None, before: int, total: int) -> TensorData:
+    """A tensor whose chunks are counted as they are written."""
+    if progress is None:
+        return tensor
+
+    def chunks() -> Iterator:
+        done = before
+        for chunk in tensor.chunks():
+            yield chunk
+            done += memoryview(chunk).nbytes
+            progress(done, total)
+
+    return replace(tensor, chunks=chunks)
 
 
 def _check_target(path: Path, inputs: Iterable[int]) -> None:

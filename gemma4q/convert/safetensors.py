@@ -9,7 +9,6 @@ import math
 import os
 import re
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,9 +197,3 @@ def _entry(path: Path, name: str, value: object) -> tuple[str, str, tuple[int, .
 def _close(filenos: list[int]) -> None:
     for fileno in filenos:
         os.close(fileno)
-
-
-def common_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype most matrices have, for reports."""
-    counts = Counter(tensor.dtype for tensor in checkpoint.values() if len(tensor.shape) > 1)
-    return counts.most_common(1)[0][0] if counts else "F32"

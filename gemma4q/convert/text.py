@@ -60,6 +60,10 @@ def text_tensors(
     pool: Executor,
 ) -> list[TensorData]:
     """The tensors to write. Raises the first fault: missing_tensor, shape_mismatch, extra_tensor, bad_hparam, ..."""
+    for stored in found.values():
+        if not all(stored.shape) or not 1 <= len(stored.shape) <= 4:
+            fault = f"{stored.name} has shape {list(stored.shape)}: no tensor of a model is empty or a mere number"
+            raise Gemma4qError("shape_mismatch", fault)
     vocab = len(metadata["tokenizer.ggml.tokens"])
     shapes = {name: stored.shape for name, stored in found.items()}
     if shapes.get(EMBEDDING, (0,))[0] > vocab:  # rows that no token has are left out

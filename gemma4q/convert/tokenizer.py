@@ -121,19 +121,20 @@ def _from_sentencepiece(path: Path, settings: dict) -> tuple[list[str], list[int
     decoder = settings.get("added_tokens_decoder", {})
     special = {token["content"] for token in decoder.values() if token.get("special")} | {*CONTROL_TEXTS}
     special |= {tokens[i] for i in range(count) if model.is_control(i) or model.is_unknown(i)}
-    return tokens, _types(tokens, special, set(tokens)), _merges(scores)
+    return tokens, _types(tokens, special, set(tokens)), derived_merges(scores)
 
 
-def _merges(scores: Mapping[str, float]) -> list[str]:
-    """The merges a SentencePiece vocabulary stands for, best first: a piece's score says when it is made."""
-    order = {piece: i for i, piece in enumerate(scores)}
+def derived_merges(scores: Mapping[str, float]) -> list[str]:
+    """The merges a SentencePiece vocabulary stands for: every way to make a piece of two, the best piece first.
+
+    Of one score, those with the longest left part come first: so are Gemma's published merges ordered.
+    """
     found = []
     for piece, score in scores.items():
         if len(piece) > 1 and piece not in CONTROL_TEXTS and piece not in VISIBLE:
             cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-            ways = [(left, right) for left, right in cuts if left in order and right in order]
-            found += [(-score, order[left], order[right], left, right) for left, right in ways]
-    return [f"{left} {right}" for *_, left, right in sorted(found)]
+            found += [(-score, -len(a), -len(b), f"{a} {b}") for a, b in cuts if a in scores and b in scores]
+    return [merge for *_, merge in sorted(found, key=lambda entry: entry[:3])]
 
 
 def _special_ids(tokens: list[str], settings: dict, config: dict) -> dict[str, int]:

@@ -1,9 +1,8 @@
 """Yesterday's figures beside today's: a saved measurement, scaled by what the machine gave then and gives now.
 
-Each sample is multiplied by the probes around it (bytes or operations a second), so that what is compared is work and
-not the hour. What stays in doubt is printed with the change and counts for the accused: how far the mean of either
-side's samples may lie from the truth, at 99 %, and a quarter of what the probes moved, since no test follows a probe
-exactly.
+How far a test follows a probe (a plain read for generated tokens, a float32 product for prompts) lies somewhere between
+not at all and wholly: by half of what the probe moved it is scaled, and the other half is doubt. With it goes how far
+the means of samples and probes may lie from the truth, at 99 %. An alarm has to be beyond all that.
 """
 
 import json
@@ -16,7 +15,7 @@ from statistics import mean, median, stdev
 from ..errors import Gemma4qError
 
 FORMAT = "gemma4q bench 1"
-IN_DOUBT = 0.25  # of what the probes moved
+FOLLOWED = 0.5  # of what a probe moved, give or take as much
 LEAST_SHARE = 0.05
 # Student's t of 99 %, two-sided, for this many samples; beyond: the last.
 STUDENT = {2: 63.66, 3: 9.92, 4: 5.84, 5: 4.60, 6: 4.03, 7: 3.71, 8: 3.50, 9: 3.36, 10: 3.25, 15: 2.98, 30: 2.76}
@@ -88,18 +87,17 @@ def rows(then: Mapping, now: Mapping) -> Iterator[Change]:
 
 
 def change(name: str, probe: str, then: Mapping, now: Mapping, samples: list[list[float]]) -> Change:
-    works = [
-        [log(seconds * rate) for seconds, rate in zip(side, of["probes"][probe], strict=True)]
-        for side, of in zip(samples, (then, now), strict=True)
-    ]
-    moved = log(median(now["probes"][probe]) / median(then["probes"][probe]))
-    doubt = sum(spread(work) for work in works) + IN_DOUBT * abs(moved)
-    return Change(name, probe, exp(mean(works[1]) - mean(works[0])) - 1, exp(doubt) - 1, exp(moved) - 1)
+    times = [[log(seconds) for seconds in side] for side in samples]
+    given = [[log(rate) for rate in side["probes"][probe]] for side in (then, now)]
+    moved = mean(given[1]) - mean(given[0])
+    doubt = sum(map(spread, times)) + FOLLOWED * (abs(moved) + sum(map(spread, given)))
+    by = mean(times[1]) - mean(times[0]) + FOLLOWED * moved
+    return Change(name, probe, exp(by) - 1, exp(doubt) - 1, exp(moved) - 1)
 
 
-def spread(work: list[float]) -> float:
+def spread(values: list[float]) -> float:
     """How far the mean of these may be from the truth; one sample says nothing of that."""
-    if len(work) < 2:
+    if len(values) < 2:
         raise Gemma4qError("bad_option", "-r 1 does not tell a change from noise: save and compare take 2 runs or more")
-    student = next(t for n, t in sorted(STUDENT.items(), reverse=True) if n <= len(work))
-    return student * stdev(work) / sqrt(len(work))
+    student = next(t for n, t in sorted(STUDENT.items(), reverse=True) if n <= len(values))
+    return student * stdev(values) / sqrt(len(values))

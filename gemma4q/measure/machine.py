@@ -50,19 +50,17 @@ def build() -> dict:
 
 
 def model(path: str, progress: Callable[[int, int], None] | None = None) -> dict:
-    """A checked model file: name, size, parameters, longest context, the type of most of it; with `progress` SHA-256.
+    """A checked model file: name, size, parameters, longest context, type of most matrices; with `progress` SHA-256.
 
     Raises whatever `open_model` does.
     """
     gguf, config, weights = open_model(path)
-    by_type: Counter[str] = Counter()
-    for tensor in weights.tensors.values():
-        by_type[type_name(tensor.type)] += tensor.data.nbytes
+    types = Counter(type_name(tensor.type) for tensor in weights.tensors.values() if len(tensor.shape) > 1)
     name = gguf.metadata.get("general.name")
     return {
         "path": str(gguf.path),
         "name": printable(name if isinstance(name, str) and name else gguf.path.stem, 60),
-        "type": by_type.most_common(1)[0][0],
+        "type": types.most_common(1)[0][0],
         "bytes": sum(len(file.bytes) for file in gguf.files),
         "parameters": sum(math.prod(tensor.shape) for tensor in weights.tensors.values()),
         "context": config.context_length,

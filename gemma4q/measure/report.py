@@ -120,11 +120,11 @@ GATE_COLUMNS = [
     Column("", lambda row: row["verdict"], False),
 ]
 VS_COLUMNS = [
-    Column("test", lambda row: row["name"], False),
-    Column("gemma4q t/s", lambda row: f"{row['tokens'] / row['seconds']:.2f}" if row["seconds"] else ""),
-    Column("other t/s", lambda row: f"{row['tokens'] / row['other_seconds']:.2f}" if row["seconds"] else ""),
-    Column("ratio", lambda row: f"{1 / (1 + row['change']):.3f}"),
-    Column("between", lambda row: " … ".join(ratio(row[key]) for key in ("high", "low"))),
+    Column("test", lambda row: row["test"], False),
+    Column("gemma4q t/s", lambda row: number(row["ts"], 2)),
+    Column("other t/s", lambda row: number(row["other_ts"], 2)),
+    Column("ratio", lambda row: number(row["ratio"], 3)),
+    Column("least … most", lambda row: f"{number(row['least'], 3)} … {number(row['most'], 3)}"),
     Column("pairs", lambda row: str(row["pairs"])),
 ]
 COMPARE_COLUMNS = [
@@ -141,8 +141,8 @@ def limit(value: float | None) -> str:
     return "?" if value is None else f"{100 * value:+.2f} %"
 
 
-def ratio(value: float | None) -> str:
-    return "?" if value is None else f"{1 / (1 + value):.3f}"
+def number(value: float | None, digits: int) -> str:
+    return "?" if value is None else f"{value:.{digits}f}"
 
 
 def row_of(row: Row) -> dict:

@@ -16,7 +16,6 @@ from .pairs import Run, Test
 
 TURN_TOKENS, ANSWER_TOKENS, LATENCY_TOKENS = 32, 16, 64
 ROOM = 64  # positions beyond the longest test
-LEAST_SHARE = 0.02
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .pairs import Pairs
 ALARMS = 0.01  # false ones, in one comparison of equals
 MOST_SITTINGS = 0.75  # that must agree
 LEAST_PAIRS, MOST_RANKED = 10, 300
-LEAST_SHARE = 0.015  # of a test's time: a kernel below it has no row
+LEAST_SHARE = 0.02  # of a test's time: a kernel below it has no row
 
 
 @dataclass(frozen=True)
