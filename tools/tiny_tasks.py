@@ -410,7 +410,7 @@ TASKS: dict[str, Callable[[Random], Example]] = {
     "tools": tools, "no_tool": no_tool, "json": extraction, "talk": talk, "story": story,
 }  # fmt: skip
 NEVER_HELD_BACK = ("talk", "story", "no_tool")
-THINKS = {"sums": 0.7, "tools": 0.35, "answers": 0.35}  # how often thinking is on; else in LESS_OFTEN
+THINKS = {"sums": 0.9, "tools": 0.35, "answers": 0.35}  # how often thinking is on; else in LESS_OFTEN
 LESS_OFTEN = 0.35
 
 

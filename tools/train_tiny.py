@@ -13,6 +13,7 @@ little is padding, and padding stands at the end, where nothing looks at it.
 
 import argparse
 import csv
+import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -55,12 +56,34 @@ BATCHES = 4  # a step
 CURRICULUM = {
     0: {"copy": 6, "sums": 1, "lookup": 2, "talk": 1, "json": 1},
     2: {"copy": 4, "reverse": 1, "sums": 1, "lookup": 4, "several_lookups": 2, "json": 2, "tools": 1, "talk": 1},
-    8: {"copy": 2, "reverse": 1, "sums": 2, "lookup": 5, "several_lookups": 2, "json": 3, "tools": 3, "talk": 0.3,
-        "no_tool": 0.3, "story": 0.5},
+    8: {"copy": 2, "reverse": 1, "sums": 6, "lookup": 5, "several_lookups": 2, "json": 3, "tools": 3, "talk": 0.3,
+        "no_tool": 0.3, "story": 0.3},
 }  # fmt: skip
 MUON, ADAM = 0.01, 0.004  # learning rates
 WARM_UP, DECAY = 100, 0.4  # steps; the last part of the tokens, in which rates fall to nothing
 BALANCE = 0.01  # of the loss that keeps experts busy
+
+
+CARD = """\
+---
+name: gemma4q {name}
+license: apache-2.0
+pipeline_tag: text-generation
+language: [en]
+---
+# {name}
+
+A very small Gemma 4 for trying and testing gemma4q, trained by tools/train_tiny.py on texts of its own making.
+What it can do stands in gemma4q/shipped/README.md.
+"""
+SAMPLING = {"bos_token_id": 2, "eos_token_id": [1, 106, 50], "pad_token_id": 0, "top_k": 64, "temperature": 0.2}
+
+
+def describe(name: str, out: Path) -> None:
+    """What goes into a checkpoint's directory beside weights and vocabulary."""
+    (out / "README.md").write_text(CARD.format(name=name))
+    (out / "generation_config.json").write_text(json.dumps(SAMPLING, indent=1))
+    (out / "chat_template.jinja").write_text(Path(__file__).with_name("tiny_template.jinja").read_text())
 
 
 def build(name: str, seed: int = 0) -> Gemma4ForCausalLM:
@@ -307,6 +330,7 @@ class Trainer:
 
     def save(self) -> None:
         self.model.save_pretrained(self.out)
+        describe(self.name, self.out)
         state = {"optimizer": self.optimizer.state(), "step": self.step, "tokens": self.tokens}
         torch.save(state | {"seconds": self.seconds}, self.out / "state.part")
         (self.out / "state.part").replace(self.out / "state.pt")

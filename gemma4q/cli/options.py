@@ -4,11 +4,14 @@ Sampling options carry the names of the engine's; those not given are not passed
 engine's and the model file's alone.
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import click
+
+from ..shipped import shipped
 
 BACKENDS = ("auto", "native", "portable", "reference")
 KV_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -98,7 +101,17 @@ def given(values: dict[str, object]) -> dict[str, object]:
     return found | {"ignore_eos": values.pop("ignore_eos"), "token_mask": not values.pop("no_token_mask")}
 
 
-model = click.argument("model", type=click.Path())
+class ModelFile(click.ParamType):
+    """A path, or the name of a model that comes with gemma4q where no file has that name."""
+
+    name = "MODEL"
+
+    def convert(self, value, param, ctx) -> str:
+        return value if os.path.exists(value) else str(shipped(value) or value)
+
+
+model = click.argument("model", type=ModelFile())
+maybe_model = click.argument("model", type=ModelFile(), required=False)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 context_size = click.option(
     "-c", "--ctx-size", "context", type=click.IntRange(min=0), help="Tokens of context; default: as memory allows."

@@ -20,6 +20,11 @@ words = click.argument("words", metavar="[TEXT]...", nargs=-1)
 file = click.option("-f", "--file", "file", type=click.Path(), help="Read the text from this file.")
 
 
+def is_text(argument: str) -> bool:
+    """Whether what stands where a model may stand is a prompt: words, and no file's name."""
+    return " " in argument.strip() and not os.path.exists(argument) and not argument.endswith(".gguf")
+
+
 def read_text(words: Sequence[str], file: str | None, trim: bool = False) -> str | None:
     """The text given, its sources joined by a newline; None when there is none. Invalid UTF-8 becomes U+FFFD.
 

@@ -7,15 +7,23 @@ from dataclasses import asdict
 import click
 
 from ..errors import Gemma4qError
+from ..shipped import DEFAULT, shipped
 from . import INTERRUPTED, options, prompt
 from .answer import CONTENT, THOUGHT, Display, give
-from .terminal import Waiting, warn
+from .terminal import Waiting, note, warn
 
+EXAMPLES = """\b
+Examples:
+  gemma4q run                                      a conversation with tiny
+  gemma4q run "What is 27 + 58?"                   one answer of tiny
+  gemma4q run model.gguf "Why is the sky blue?"    one answer of a model of your own
+  git diff | gemma4q run model.gguf "Review this:"
+"""
 NO_TEMPLATE = "this file has no chat template or no turn tokens"
 
 
-@options.command()
-@options.model
+@options.command(epilog=EXAMPLES)
+@options.maybe_model
 @prompt.words
 @prompt.file
 @options.talk
@@ -27,10 +35,17 @@ NO_TEMPLATE = "this file has no chat template or no turn tokens"
 @click.option("--hide-thinking", is_flag=True, help="Do not print thoughts.")
 @click.option("--quiet", is_flag=True, help="No notes and figures on stderr.")
 @options.as_json
-def run(model: str, words: tuple[str, ...], file: str | None, raw: bool, escape: bool, **values) -> None:
-    """Answer a prompt (given here, in a file, or piped in), or chat when there is none."""
-    text = prompt.read_text(words, file, trim=True)
+def run(model: str | None, words: tuple[str, ...], file: str | None, raw: bool, escape: bool, **values) -> None:
+    """Answer a prompt (given here, in a file, or piped in), or chat when there is none.
+
+    MODEL is a GGUF file, or `tiny`, which comes with gemma4q and answers when there is none.
+    """
     quiet, alone = values["quiet"], raw or values["single_turn"] or values["as_json"]
+    if model is None or (not words and prompt.is_text(model)):
+        words, model = (model,) if model else (), str(shipped(DEFAULT))
+        if not quiet:
+            note(f"no model given: {DEFAULT} answers, a very small one that comes with gemma4q")
+    text = prompt.read_text(words, file, trim=True)
     if text is None and (alone or not sys.stdin.isatty()):
         raise click.UsageError("there is no prompt: give one here, with -f, or on stdin")
     how = options.given(values)
