@@ -13,7 +13,7 @@ from gemma4q.abi import OpCode
 from gemma4q.cli import cli
 from gemma4q.cli.numbers import Numbers
 from gemma4q.errors import Gemma4qError
-from gemma4q.measure import base, gate, history, verdict
+from gemma4q.measure import base, gate, history, verdict, versus
 from gemma4q.measure.cost import Costs
 from gemma4q.measure.pairs import Pairs, Run, sit
 from gemma4q.measure.pairs import Test as Work
@@ -127,7 +127,7 @@ class Machine:
     threads: int = 2
 
     def __post_init__(self):
-        self.random = np.random.default_rng(hash(self.name) % 1000)
+        self.random = np.random.default_rng(sum(map(ord, self.name)))
         self.about = {"kernels": ["matmul", "attend"]}
 
     def ask(self, do: str, **arguments) -> dict:
@@ -144,7 +144,7 @@ class Machine:
         return self
 
     def __exit__(self, *_):
-        pass
+        self.log.append((self.name, "ends"))
 
 
 def test_sides_take_turns_and_a_run_with_company_goes_with_its_partner():
@@ -159,6 +159,25 @@ def test_sides_take_turns_and_a_run_with_company_goes_with_its_partner():
     for of, do in zip(pairs, ("prompt", "decode"), strict=True):
         assert of.discarded and 2 * (len(of.kept) + of.discarded) == sum(asked == do for _, asked in rest)
         assert all(a.busy > 0.97 < b.busy for a, b in of.kept)
+
+
+def test_sides_that_do_not_fit_together_are_never_alive_together():
+    log: list = []
+    starts = [lambda: Machine("new", log, 0.5), lambda: Machine("old", log)]
+    tests = [Work(prompt=512), Work(decode=128)]
+    rows, about = versus.apart(starts, tests, 5)
+    alive = [event for event in log if event[1] in ("starts", "ends")]
+    assert all(a[1] == "starts" and b == (a[0], "ends") for a, b in zip(alive[::2], alive[1::2], strict=True))
+    order = [name for name, _ in alive[::2]]
+    assert order[:4] == ["new", "old", "old", "new"] and len(about) == 2
+    assert all(row["pairs"] == 5 and row["discarded"] and 1 < row["ratio"] < 2 for row in rows)
+
+
+@pytest.mark.parametrize("how", [versus.beside, versus.apart])
+def test_pairs_end_when_the_machine_is_never_calm(how):
+    log: list = []
+    rows, _ = how([lambda: Machine("new", log, busy=0.5), lambda: Machine("old", log)], [Work(prompt=32)], 3)
+    assert rows[0]["pairs"] == 0 and rows[0]["ratio"] is None and rows[0]["discarded"] == 12
 
 
 def compare(slow: float, busy: float = 1.0) -> tuple[gate.Outcome, list]:

@@ -179,6 +179,8 @@ def test_llama_cpp_is_measured_in_pairs():
     rows = json.loads(done.stdout)["rows"]
     assert [row["test"] for row in rows] == ["pp32", "tg4"] and all(row["pairs"] == 2 for row in rows)
     assert all(row["least"] <= row["ratio"] <= row["most"] for row in rows)
+    below = bench(TOY, "--vs", "llama.cpp", "-p", "32", "-n", "0", "-r", "1", "--busy", "0").stdout
+    assert re.search(r"^llama.cpp: llama-cpp-python [0-9.]+, [0-9]+ threads: CPU : .*AVX", below, re.MULTILINE)
 
 
 def test_a_worker_that_is_killed_is_one_error():

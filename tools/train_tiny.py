@@ -43,7 +43,7 @@ MODELS = {
         "use_double_wide_mlp": True, "hidden_size_per_layer_input": 64,
     },
     "tiny-moe": BASE | {
-        "intermediate_size": 192, "num_hidden_layers": 4, "layer_types": [S, G, S, G], "num_kv_shared_layers": 0,
+        "intermediate_size": 128, "num_hidden_layers": 4, "layer_types": [S, G, S, G], "num_kv_shared_layers": 0,
         "use_double_wide_mlp": False, "hidden_size_per_layer_input": 0, "num_global_key_value_heads": 1,
         "attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
         "moe_intermediate_size": 64,

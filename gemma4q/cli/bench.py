@@ -3,6 +3,7 @@
 import os
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import click
 
 from ..errors import Gemma4qError
 from . import options
-from .bench_output import Screen, explain_gate, facts_below, show
+from .bench_output import Screen, explain_gate, facts_below, show, sides_below
 from .numbers import Names, Numbers, Pair
 
+COPIES = 2  # of a model file, when llama.cpp has packed its weights anew and we read them from the file
 OUTPUTS = ("table", "md", "csv", "json", "jsonl")
 EXAMPLES = """
 \b
@@ -87,7 +89,7 @@ other = options.together(
 
 
 @options.command(epilog=EXAMPLES)
-@click.argument("model", type=click.Path(), required=False)
+@options.maybe_model
 @work
 @engine
 @what
@@ -218,8 +220,9 @@ def _gate(model: str, *, results: Path, **given) -> int:
 
 def _versus(model: str, *, results: Path, **given) -> int:
     """This build beside llama.cpp."""
+    from ..engine.memory import available_memory
     from ..measure.client import Worker
-    from ..measure.versus import beside
+    from ..measure.versus import apart, beside
 
     (setup,) = _one(_setups(given), "--vs measures one configuration")
     screen = Screen()
@@ -231,10 +234,15 @@ def _versus(model: str, *, results: Path, **given) -> int:
         lambda: Worker(sys.executable, "gemma4q", model, words),
         lambda: Worker(peer, "llama.cpp", model, words),
     ]
-    rows, about = beside(starts, tests, given["runs"], given["busy"], screen.doing)
+    together = COPIES * document["model"]["bytes"] < available_memory()[0]
+    if not together:
+        screen.note("note: memory does not hold the model for both at once: each run is a process of its own")
+    how = beside if together else partial(apart, files=document["model"]["files"])
+    rows, about = how(starts, tests, given["runs"], given["busy"], screen.doing)
     screen.done()
     document["sides"] = [{key: value for key, value in side.items() if key != "kernels"} for side in about]
     show.versus(document, rows, given["output"])
+    sides_below(document, given["output"])
     short = [row["test"] for row in rows if row["pairs"] < given["runs"]]
     if short:
         screen.note(f"note: too noisy for {given['runs']} clean pairs of {', '.join(short)}")

@@ -114,12 +114,7 @@ def facts_below(document: Mapping, form: str) -> None:
     """Machine, memory and latency under a table that people read."""
     if form not in ("table", "md"):
         return
-    machine, build, model = document["machine"], document["build"], document["model"]
-    commit = f", commit {build['commit']}" if build["commit"] else ""
-    lines = [
-        f"machine: {machine['processor']}, {machine['cores']} cores, {human_bytes(machine['memory'])}",
-        f"build:   gemma4q {build['gemma4q']}{commit}; SHA-256 of the file {model['sha256'][:16]}…",
-    ]
+    lines = _where(document)
     for name, unit in (("read", "GB/s of memory"), ("gemm", "Gop/s of float32 products")):
         values = [value for row in document["results"] for value in row["probes"][name]]
         if values:
@@ -130,7 +125,30 @@ def facts_below(document: Mapping, form: str) -> None:
     company = [row["test"] for row in document["results"] if row["busy"] < BUSY]
     if company:
         lines.append(f"company: others had the cores in part during {', '.join(dict.fromkeys(company))}")
-    click.echo("\n" + "\n".join(lines) if form == "table" else "\n" + "  \n".join(lines))
+    _below(lines, form)
+
+
+def sides_below(document: Mapping, form: str) -> None:
+    """The machine, and what both sides are, under a table that people read."""
+    if form not in ("table", "md"):
+        return
+    from ..measure.versus import described
+
+    _below([*_where(document), *(f"{side['engine'] + ':':<11}{described(side)}" for side in document["sides"])], form)
+
+
+def _where(document: Mapping) -> list[str]:
+    """Machine, build and file, a line each or so."""
+    machine, build, model = document["machine"], document["build"], document["model"]
+    commit = f", commit {build['commit']}" if build["commit"] else ""
+    return [
+        f"machine: {machine['processor']}, {machine['cores']} cores, {human_bytes(machine['memory'])}",
+        f"build:   gemma4q {build['gemma4q']}{commit}; SHA-256 of the file {model['sha256'][:16]}…",
+    ]
+
+
+def _below(lines: Sequence[str], form: str) -> None:
+    click.echo("\n" + ("\n" if form == "table" else "  \n").join(lines))
 
 
 def _process(process: Mapping) -> list[str]:

@@ -59,6 +59,7 @@ def model(path: str, progress: Callable[[int, int], None] | None = None) -> dict
     name = gguf.metadata.get("general.name")
     return {
         "path": str(gguf.path),
+        "files": [str(file.path) for file in gguf.files],
         "name": printable(name if isinstance(name, str) and name else gguf.path.stem, 60),
         "type": types.most_common(1)[0][0],
         "bytes": sum(len(file.bytes) for file in gguf.files),

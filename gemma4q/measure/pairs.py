@@ -67,6 +67,14 @@ class Pairs:
     sitting: list[int] = field(default_factory=list)
     discarded: int = 0
 
+    def add(self, runs: tuple[Run, Run], sitting: int, busy: float) -> None:
+        """Kept, or thrown away together where one had company."""
+        if all(run.busy >= busy for run in runs):
+            self.kept.append(runs)
+            self.sitting.append(sitting)
+        else:
+            self.discarded += 1
+
 
 Start = Callable[[], Worker]
 
@@ -101,10 +109,6 @@ def sit(workers: dict[int, Worker], all_pairs: Sequence[Pairs], sitting: int, se
 
 
 def pair(workers: dict[int, Worker], pairs: Pairs, order: tuple[int, int], sitting: int, busy: float) -> None:
-    """One run of each side in this order, kept or thrown away together."""
+    """One run of each side in this order."""
     runs = {side: pairs.test.run(workers[side]) for side in order}
-    if all(run.busy >= busy for run in runs.values()):
-        pairs.kept.append((runs[0], runs[1]))
-        pairs.sitting.append(sitting)
-    else:
-        pairs.discarded += 1
+    pairs.add((runs[0], runs[1]), sitting, busy)
