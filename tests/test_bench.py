@@ -127,7 +127,7 @@ class Machine:
     threads: int = 2
 
     def __post_init__(self):
-        self.random = np.random.default_rng(sum(map(ord, self.name)))
+        self.random = np.random.default_rng(sum(map(ord, self.name)) + len(self.log))
         self.about = {"kernels": ["matmul", "attend"]}
 
     def ask(self, do: str, **arguments) -> dict:
