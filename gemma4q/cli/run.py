@@ -38,7 +38,8 @@ NO_TEMPLATE = "this file has no chat template or no turn tokens"
 def run(model: str | None, words: tuple[str, ...], file: str | None, raw: bool, escape: bool, **values) -> None:
     """Answer a prompt (given here, in a file, or piped in), or chat when there is none.
 
-    MODEL is a GGUF file, or `tiny`, which comes with gemma4q and answers when there is none.
+    MODEL is a GGUF file, or one of two small ones that come with gemma4q: `tiny`, which answers when there is none, and
+    `tiny-moe`.
     """
     quiet, alone = values["quiet"], raw or values["single_turn"] or values["as_json"]
     if model is None or (not words and prompt.is_text(model)):

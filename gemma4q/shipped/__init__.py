@@ -1,11 +1,11 @@
-"""What comes with the package to try it with: a small model, trained for this project.
+"""What comes with the package to try it with: two small models, trained for this project.
 
-Owns its name and where it lies; README.md beside it says what it is and what it can do.
+Owns their names and where they lie; README.md beside them says what they are and what they can do.
 """
 
 from pathlib import Path
 
-NAMES = ("tiny",)
+NAMES = ("tiny", "tiny-moe")
 DEFAULT = NAMES[0]
 
 
