@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.model import Model, load
     from .errors import Gemma4qError
-    from .shipped import shipped
 
-__all__ = ["Gemma4qError", "Model", "__version__", "load", "shipped"]
+__all__ = ["Gemma4qError", "Model", "__version__", "load"]
 
-_HOMES = {"load": "engine.model", "Model": "engine.model", "Gemma4qError": "errors", "shipped": "shipped"}
+_HOMES = {"load": "engine.model", "Model": "engine.model", "Gemma4qError": "errors"}
 
 
 def __getattr__(name: str) -> Any:
