@@ -1,5 +1,5 @@
 /* Sixteen lanes in one register: AVX-512 F, BW, VL, DQ, VNNI, VBMI. */
-#include <immintrin.h>
+#include "x86.h"
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -88,24 +88,8 @@ static INLINE vf K(as_float)(vi x) { return _mm512_castsi512_ps(x); }
 /* The low half of each dword as an f16. */
 static INLINE vf K(halves)(vi x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 /* An f16 of each row. */
-static INLINE int K(f16_at)(const uint8_t *p) {
-    uint16_t x;
-    __builtin_memcpy(&x, p, 2);
-    return x;
-}
-static INLINE __m128i K(f16_of_eight)(const uint8_t *a, const uint8_t *b, int64_t stride) {
-    __m128i x = _mm_cvtsi32_si128(K(f16_at)(a));
-    x = _mm_insert_epi16(x, K(f16_at)(a + stride), 1);
-    x = _mm_insert_epi16(x, K(f16_at)(a + 2 * stride), 2);
-    x = _mm_insert_epi16(x, K(f16_at)(a + 3 * stride), 3);
-    x = _mm_insert_epi16(x, K(f16_at)(b), 4);
-    x = _mm_insert_epi16(x, K(f16_at)(b + stride), 5);
-    x = _mm_insert_epi16(x, K(f16_at)(b + 2 * stride), 6);
-    return _mm_insert_epi16(x, K(f16_at)(b + 3 * stride), 7);
-}
 static INLINE vf K(f16_of_each)(const uint8_t *const rows[4], int64_t stride, int64_t at) {
     const __m128i low = K(f16_of_eight)(rows[0] + at, rows[1] + at, stride),
                   high = K(f16_of_eight)(rows[2] + at, rows[3] + at, stride);
     return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
 }
-static INLINE void K(prefetch)(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }
