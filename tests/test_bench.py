@@ -55,14 +55,17 @@ def test_numbers_that_make_no_list_are_wrong_usage(text):
 # -- Statistics ---------------------------------------------------------------------------------------------
 
 
-def pairs_of(differences: np.ndarray, sittings: int = 5, kernel: np.ndarray | None = None) -> Pairs:
-    """Pairs whose first run takes exp(difference) times what the second takes; `kernel` likewise for half the time."""
-    pairs = Pairs(Work(prompt=32))
-    for i, d in enumerate(differences):
-        parts = (0.05 * math.exp(kernel[i]), 0.05) if kernel is not None else (0.0, 0.0)
-        runs = (Run(0.1 * math.exp(d), 1, {"matmul": parts[0]}, []), Run(0.1, 1, {"matmul": parts[1]}, []))
-        pairs.kept.append(runs)
-        pairs.sitting.append(i * sittings // len(differences))
+def pairs_of(noise: np.ndarray, sittings: int = 5, slower: float = 0.0, kernel: float | None = None) -> Pairs:
+    """Pairs of runs that take exp(noise [n, 2]) times as long; the first side's exp(slower) times as long besides.
+
+    `kernel`: half the time is a kernel's, and that part takes exp(kernel) times as long.
+    """
+    pairs = Pairs(Work(prompt=32), sitting=[i * sittings // len(noise) for i in range(len(noise))])
+    for a, b in np.exp(noise).tolist():
+        names = [] if kernel is None else ["matmul"]
+        ops = ([0.05e9 * a * math.exp(kernel or 0.0)], [0.05e9 * b])
+        first = Run(0.1 * a * math.exp(slower), 1, names, ops[0][: len(names)])
+        pairs.kept.append((first, Run(0.1 * b, 1, names, ops[1][: len(names)])))
     return pairs
 
 
@@ -85,30 +88,89 @@ def test_five_percent_is_always_seen_and_nothing_never_called_slower():
     random = np.random.default_rng(2)
     for number in range(200):
         slower = number % 2
-        noise = random.normal(0, 0.02, 80) + (random.random(80) < 0.05) * random.normal(0, 0.3, 80)
-        noise += np.repeat(random.normal(0, 0.005, 5), 16)
-        whole, kernel = verdict.judge([pairs_of(noise, kernel=noise + slower * math.log(1.05))], 0.03)
+        noise = random.normal(0, 0.014, (80, 2)) + (random.random((80, 2)) < 0.03) * random.uniform(0, 0.6, (80, 2))
+        noise[:, 0] += np.repeat(random.normal(0, 0.005, 5), 16)
+        whole, kernel = verdict.judge([pairs_of(noise, kernel=slower * math.log(1.05))], 0.03)
         assert whole.verdict == "same"
         assert (kernel.verdict == "slower") == bool(slower), kernel
         assert kernel.name == "pp32: matmul" and kernel.share == pytest.approx(0.5, rel=0.05)
 
 
+def pairs_of_ops(slower: np.ndarray, seed: int, count: int = 80, disturbed: float = 0.05) -> Pairs:
+    """Pairs of runs of as many ops, half matmul, half attend; the first side's take exp(slower) times as long.
+
+    A run's ops share 1 % of noise, each has 5 % of its own, and some of them take up to ten times as long.
+    """
+    random = np.random.default_rng(seed)
+    shape = (count, 2, len(slower))
+    noise = random.normal(0, 0.01, (count, 2, 1)) + random.normal(0, 0.05, shape)
+    noise += (random.random(shape) < disturbed) * random.uniform(0, math.log(10), shape)
+    noise[:, 0] += slower
+    times = 1e6 * np.exp(noise)
+    names = ["matmul", "attend"] * (len(slower) // 2)
+    pairs = Pairs(Work(decode=1), sitting=[i * 5 // count for i in range(count)])
+    pairs.kept = [tuple(Run(ops.sum() / 0.99e9, 1, names, list(ops)) for ops in both) for both in times]
+    return pairs
+
+
+def test_what_disturbs_single_ops_hides_no_five_percent():
+    slower = np.array([math.log(1.05), 0.0] * 50)
+    for seed in range(20):
+        whole, *kernels = verdict.judge([pairs_of_ops(slower, seed)], 0.03)
+        assert {row.kernel: row.verdict for row in kernels} == {"matmul": "slower", "attend": "same"}
+        assert whole.verdict != "slower" and abs(whole.change - 0.025) < 0.012
+        assert all(row.high - row.low < 0.02 for row in (whole, *kernels))
+
+
+def test_a_kernels_change_is_that_of_its_ops_by_their_share_of_the_time():
+    slower = np.zeros(100)
+    slower[:24:2] = math.log(1.25)  # 12 of 50 matmuls
+    _, *kernels = verdict.judge([pairs_of_ops(slower, 1)], 0.03)
+    (matmul,) = (row for row in kernels if row.kernel == "matmul")
+    assert matmul.verdict == "slower" and abs(matmul.change - (1.25 ** (12 / 50) - 1)) < 0.01
+
+
+def test_limits_of_a_change_hold_it_as_often_as_they_say():
+    held = 0
+    for seed in range(400):
+        pairs = pairs_of_ops(np.full(20, 0.04), seed)
+        times = np.array([[run.ops for run in runs] for runs in pairs.kept])
+        better, _ = verdict.better_of_two(times, np.array(pairs.sitting))
+        _, low, high = verdict.interval(verdict.differences(better), 1.96)
+        held += low <= 0.04 <= high
+    assert 0.92 <= held / 400 <= 0.985
+
+
+def test_of_two_pairs_of_a_sitting_the_shorter_times_are_taken():
+    times = np.array([[5, 1], [4, 2], [9, 9], [7, 3], [6, 8]])[:, :, None]
+    better, sittings = verdict.better_of_two(times, np.array([0, 0, 0, 1, 1]))
+    assert better[:, :, 0].tolist() == [[4, 1], [6, 3]] and sittings.tolist() == [0, 1]
+
+
+def test_plans_that_differ_are_compared_by_the_whole_of_a_kernel():
+    pairs = pairs_of_ops(np.array([math.log(1.2), 0.0] * 50), 1, disturbed=0)
+    for i, (first, other) in enumerate(pairs.kept):
+        pairs.kept[i] = first, Run(other.seconds, 1, [*other.names, "copy"], [*other.ops, 10])
+    _, *kernels = verdict.judge([pairs], 0.03)
+    assert {row.kernel: row.verdict for row in kernels} == {"matmul": "slower", "attend": "same"}
+
+
 def test_a_process_that_lies_badly_in_memory_alarms_nobody():
-    noise = np.random.default_rng(3).normal(0, 0.01, 80)
-    noise[:32] += 0.10  # two sittings of five
+    noise = np.random.default_rng(3).normal(0, 0.01, (80, 2))
+    noise[:32, 0] += 0.10  # two sittings of five
     (row, *_) = verdict.judge([pairs_of(noise)], 0.03)
     assert row.verdict != "slower"
 
 
 def test_a_gain_is_told_and_is_no_alarm():
-    noise = np.random.default_rng(4).normal(0, 0.01, 80)
-    (row, *_) = verdict.judge([pairs_of(noise - 0.06)], 0.03)
+    noise = np.random.default_rng(4).normal(0, 0.01, (80, 2))
+    (row, *_) = verdict.judge([pairs_of(noise, slower=-0.06)], 0.03)
     assert row.verdict == "faster" and gate.Outcome([row], [], 1.0).exit == 0
 
 
 @pytest.mark.parametrize("spread, count", [(0.5, 80), (0.01, 5), (0.0, 0)])
 def test_too_much_noise_or_too_few_pairs_are_unclear(spread, count):
-    noise = np.random.default_rng(5).normal(0, spread, count)
+    noise = np.random.default_rng(5).normal(0, spread, (count, 2))
     (row, *_) = verdict.judge([pairs_of(noise)], 0.03)
     assert row.verdict == "unclear" and gate.Outcome([row], [], 1.0).exit == 3
 

@@ -1,10 +1,11 @@
 """Tries the regression gate: is a kernel that is made slower named each time, and are equals never called slower?
 
-    python tools/gate_trials.py e2b-q4_0.gguf --tries 20 --kernel matmul_q4_0 --percent 5
+    python tools/gate_trials.py e2b-q4_0.gguf --tries 20 --kernel matmul_q4_0 --percent 6
 
 Two builds of one commit, one with -DLENGTHEN of a kernel, and `gemma4q bench --against` in turns: the slow one against
-the good one must exit with 1 and name the kernel, the good one against itself must not exit with 1. A try that finds
-the machine too noisy (exit status 3) is counted by itself. Wants a quiet machine; nothing else should run. Options that
+the good one must exit with 1 and name the kernel, the good one against itself must not exit with 1. A kernel
+made 6 % longer makes its row 5 % slower: the other thread has the memory for itself meanwhile. A try that finds the
+machine too noisy (exit status 3) is counted by itself. Wants a quiet machine; nothing else should run. Options that
 are not its own, as `--busy 0.95`, go to the gate.
 """
 
@@ -44,7 +45,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--tries", type=int, default=TRIES, help="of each kind")
     parser.add_argument("--kernel", default="matmul_q4_0")
-    parser.add_argument("--percent", type=int, default=5)
+    parser.add_argument("--percent", type=int, default=6)
     parser.add_argument("--revision", default="HEAD")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/gemma4q/builds")
     given, more = parser.parse_known_args()

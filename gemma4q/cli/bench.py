@@ -71,9 +71,9 @@ other = options.together(
     click.option(
         "--threshold", type=click.FloatRange(0.1, 1000), default=3.0, help="Percent that is too slow; default 3."
     ),
-    click.option("--seconds", type=click.FloatRange(1, 3600), default=75.0, help="Most that the gate takes; 75."),
+    click.option("--seconds", type=click.FloatRange(1, 3600), default=85.0, help="Most that the gate takes; 85."),
     click.option(
-        "--busy", type=click.FloatRange(0, 1), default=0.97, help="CPU time a run must have, of threads x wall; 0.97."
+        "--busy", type=click.FloatRange(0, 1), help="CPU time a run must have, of threads x wall; 0.97, --against 0.9."
     ),
     click.option("--cache", type=click.Path(), help="Where builds are kept; default: gemma4q in the user's cache."),
     click.option("--save", type=click.Path(), help="Write what was measured to a file."),
@@ -196,6 +196,10 @@ def _measure(model: str, *, results: Path, **given) -> int:
     return code
 
 
+def _busy(given: dict, usual: float) -> float:
+    return usual if given["busy"] is None else given["busy"]
+
+
 def _gate(model: str, *, results: Path, **given) -> int:
     """This build beside another."""
     from ..measure import builds, gate
@@ -211,7 +215,7 @@ def _gate(model: str, *, results: Path, **given) -> int:
     starts = [lambda python=python: Worker(python, "gemma4q", model, words) for python in (sys.executable, other)]
     with screen.counting("sittings") as progress:
         outcome = gate.compare(
-            starts, given["threshold"] / 100, tests, given["busy"], given["seconds"], progress=progress
+            starts, given["threshold"] / 100, tests, _busy(given, gate.BUSY), given["seconds"], progress=progress
         )
     show.gate(document | {"against": given["against"]}, outcome.rows, given["output"])
     explain_gate(outcome, given["threshold"], given["against"])
@@ -222,6 +226,7 @@ def _versus(model: str, *, results: Path, **given) -> int:
     """This build beside llama.cpp."""
     from ..engine.memory import available_memory
     from ..measure.client import Worker
+    from ..measure.pairs import BUSY
     from ..measure.versus import apart, beside
 
     (setup,) = _one(_setups(given), "--vs measures one configuration")
@@ -238,7 +243,7 @@ def _versus(model: str, *, results: Path, **given) -> int:
     if not together:
         screen.note("note: memory does not hold the model for both at once: each run is a process of its own")
     how = beside if together else partial(apart, files=document["model"]["files"])
-    rows, about = how(starts, tests, given["runs"], given["busy"], screen.doing)
+    rows, about = how(starts, tests, given["runs"], _busy(given, BUSY), screen.doing)
     screen.done()
     document["sides"] = [{key: value for key, value in side.items() if key != "kernels"} for side in about]
     show.versus(document, rows, given["output"])

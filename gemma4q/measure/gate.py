@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .pairs import BUSY, Pairs, Start, Test, take_turns
+from .pairs import Pairs, Start, Test, take_turns
 from .verdict import Row, judge
 
 SITTINGS, MOST_SITTINGS = 5, 9
-SITTING_SECONDS, MOST_SECONDS = 5.0, 75.0
+SITTING_SECONDS, MOST_SECONDS = 7.0, 85.0
 TESTS = (Test(prompt=32, depth=256), Test(decode=1, depth=256))
+BUSY = 0.9  # less than pairs.py asks: a moment's company disturbs some ops, and verdict.py sees to those
 PASSED, SLOWER, NOISY = 0, 1, 3
 
 

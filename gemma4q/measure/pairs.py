@@ -42,20 +42,25 @@ class Test:
         else:
             answer = worker.ask("prompt" if self.prompt else "decode", count=self.tokens, **more)
         busy = answer["cpu_seconds"] / (worker.threads * answer["seconds"])
-        kernels: dict[str, float] = {}
-        for kernel, nanoseconds in zip(worker.about["kernels"], answer["ops"], strict=True):
-            kernels[kernel] = kernels.get(kernel, 0) + nanoseconds / 1e9
-        return Run(answer["seconds"], busy, kernels, answer["ops"])
+        return Run(answer["seconds"], busy, worker.about["kernels"], answer["ops"])
 
 
 @dataclass(frozen=True)
 class Run:
-    """Wall seconds, CPU time by threads x wall, seconds by kernel, nanoseconds by op (empty: not counted)."""
+    """Wall seconds, CPU time by threads x wall; kernel and nanoseconds of each op (both empty: not counted)."""
 
     seconds: float
     busy: float
-    kernels: dict[str, float]
-    ops: list[int]
+    names: Sequence[str]
+    ops: Sequence[int]
+
+    @property
+    def kernels(self) -> dict[str, float]:
+        """Seconds by kernel."""
+        seconds = dict.fromkeys(self.names, 0.0)
+        for name, nanoseconds in zip(self.names, self.ops, strict=True):
+            seconds[name] += nanoseconds / 1e9
+        return seconds
 
 
 @dataclass
