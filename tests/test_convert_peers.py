@@ -39,6 +39,35 @@ print(*scores.argmax(axis=1))
 print(*model.tokenize(b"Apache License", add_bos=True))
 """
 
+SEE_AND_HEAR = """
+import ctypes, sys, llama_cpp, numpy as np
+from llama_cpp import mtmd_cpp as mtmd
+
+def media(context, bitmap):
+    marker, chunks = mtmd.mtmd_default_marker(), mtmd.mtmd_input_chunks_init()
+    text = mtmd.mtmd_input_text(marker, len(marker), False, True)
+    assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(text), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1) == 0
+    all_chunks = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+    (chunk,) = [chunk for chunk in all_chunks if mtmd.mtmd_input_chunk_get_type(chunk)]
+    assert mtmd.mtmd_encode_chunk(context, chunk) == 0
+    count, width = mtmd.mtmd_input_chunk_get_n_tokens(chunk), llama_cpp.llama_model_n_embd(model)
+    vectors = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), (count * width,))
+    assert np.isfinite(vectors).all() and vectors.std() > 0.1
+    return count
+
+model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), llama_cpp.llama_model_default_params())
+params = mtmd.mtmd_context_params_default()
+params.use_gpu, params.n_threads = False, 1
+context = mtmd.mtmd_init_from_file(sys.argv[2].encode(), model, params)
+random = np.random.default_rng(1)
+image = random.integers(0, 256, 96 * 96 * 3, np.uint8)
+sound = random.normal(0, 0.1, 16000).astype(np.float32)
+print(media(context, mtmd.mtmd_bitmap_init(96, 96, image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))))
+if mtmd.mtmd_support_audio(context):
+    audio = sound.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    print(media(context, mtmd.mtmd_bitmap_init_from_audio(len(sound), audio)))
+"""
+
 
 @pytest.fixture(scope="module")
 def llama_cpp() -> Path:
@@ -59,9 +88,9 @@ def test_the_converter_writes_the_same_today(kind, mmproj, outtype, llama_cpp, t
     assert convert_oracle.described(open_gguf(tmp_path / "ours.gguf")) == theirs
 
 
-def said(program: str, path: Path) -> str:
+def said(program: str, *paths: Path) -> str:
     pytest.importorskip("llama_cpp") if sys.executable == PYTHON else None
-    return subprocess.run([PYTHON, "-c", program, path], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([PYTHON, "-c", program, *paths], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.mark.parametrize("outtype", ["f32", "bf16", "f16", "q8_0"])
@@ -89,6 +118,18 @@ def test_llama_cpp_loads_assistants_without_centroids_only(kind, tmp_path):
         with planned(folder, tmp_path / "out.gguf", centroids=centroids) as conversion:
             conversion.write()
         assert said(LOAD, tmp_path / "out.gguf") == ("refused" if conversion.has_centroids else "loaded")
+
+
+@pytest.mark.parametrize("outtype", ["bf16", "f16", "q8_0"])
+@pytest.mark.parametrize("kind", tiny_hf.TINY)
+def test_llama_cpp_sees_and_hears_through_what_we_wrote(kind, outtype, tmp_path):
+    """81 vectors of an image, 25 of a second of sound, where the model hears."""
+    folder = tiny_hf.make(kind, tmp_path / kind)
+    for mmproj in (False, True):
+        with planned(folder, tmp_path / f"{mmproj}.gguf", outtype, mmproj) as conversion:
+            conversion.write()
+    counts = said(SEE_AND_HEAR, tmp_path / "False.gguf", tmp_path / "True.gguf").split()
+    assert counts == (["81"] if kind in ("26b", "31b") else ["81", "25"])
 
 
 @pytest.mark.parametrize("kind", ["26b", "e2b"])

@@ -93,7 +93,7 @@ def assistant_tensors(shape: Shape, ordered: bool) -> Iterator[tuple[str, tuple[
 
 def vision_config(kind: str) -> dict:
     if kind == "12b":
-        return {"model_type": "gemma4_unified_vision", "patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64,
+        return {"model_type": "gemma4_unified_vision", "patch_size": 16, "pooling_kernel_size": 3, "mm_embed_dim": 64,
                 "mm_posemb_size": 20, "output_proj_dims": 64, "rms_norm_eps": 1e-6}  # fmt: skip
     large = kind in ("26b", "31b")
     return {"model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 80 if large else 96, "patch_size": 4,
@@ -104,11 +104,11 @@ def vision_config(kind: str) -> dict:
 
 def audio_config(kind: str) -> dict | None:
     if kind == "12b":
-        return {"model_type": "gemma4_unified_audio", "audio_embed_dim": 32, "rms_norm_eps": 1e-6}
+        return {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640, "rms_norm_eps": 1e-6}
     if kind in ("26b", "31b"):
         return None
     return {"model_type": "gemma4_audio", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "subsampling_conv_channels": [8, 4], "conv_kernel_size": 5, "output_proj_dims": 48,
+            "subsampling_conv_channels": [128, 4], "conv_kernel_size": 5, "output_proj_dims": 48,
             "use_clipped_linears": True, "rms_norm_eps": 1e-6}  # fmt: skip
 
 
