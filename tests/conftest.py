@@ -1,4 +1,4 @@
-"""Tests may be started in the background, where a shell ignores Ctrl-C; the programs they start must not inherit that."""
+"""Tests may be started in the background, where a shell ignores Ctrl-C; what they start must not inherit that."""
 
 import signal
 
