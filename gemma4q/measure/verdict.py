@@ -64,7 +64,7 @@ def rows_of(pairs: Pairs) -> Iterator[tuple]:
     alike = np.array_equal(*names)
     yield pairs, None, (parts_of(np.stack(ops, 1), whole) if alike else whole), 1.0
     found = []
-    for kernel in set(names[0]) & set(names[1]):
+    for kernel in set(pairs.kept[0][0].names) & set(pairs.kept[0][1].names):
         own = [op[:, name == kernel] for op, name in zip(ops, names, strict=True)]
         total = np.stack([op.sum(1, keepdims=True) for op in own], 1)
         share = float(np.median(total / whole))
@@ -76,7 +76,8 @@ def rows_of(pairs: Pairs) -> Iterator[tuple]:
 def parts_of(ops: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Seconds [n, 2, ops + 1]: the ops that always took time, and what is left of `total` [n, 2, 1] where that did."""
     parts = np.concatenate([ops, total - ops.sum(2, keepdims=True)], 2)
-    return parts[:, :, parts.min((0, 1)) > 1e-9]
+    always = parts.min((0, 1)) > 1e-9
+    return parts[:, :, always] if always.any() else total
 
 
 def better_of_two(times: np.ndarray, sittings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
