@@ -91,6 +91,8 @@ def assistant_tensors(shape: Shape, ordered: bool) -> Iterator[tuple[str, tuple[
         yield "masked_embedding.token_ordering", (shape.vocab,)
 
 
+# Of what the encoders take in, engines fix the size: 12B's patches of 48 pixels and frames of 640 samples, and E2B's
+# and E4B's 128 mel bins, which the checkpoint tells by as many channels of the first convolution.
 def vision_config(kind: str) -> dict:
     if kind == "12b":
         return {"model_type": "gemma4_unified_vision", "patch_size": 16, "pooling_kernel_size": 3, "mm_embed_dim": 64,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .client import Worker
 
@@ -54,7 +55,7 @@ class Run:
     names: Sequence[str]
     ops: Sequence[int]
 
-    @property
+    @cached_property
     def kernels(self) -> dict[str, float]:
         """Seconds by kernel."""
         seconds = dict.fromkeys(self.names, 0.0)
