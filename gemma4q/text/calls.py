@@ -47,12 +47,17 @@ def spelled(text: str) -> str:
 
 
 def parse_call(text: str, schemas: Mapping[str, Mapping[str, Any]] | None = None) -> Call | None:
-    """The call between a call's two tokens, None if it cannot be read. `schemas`: function name to JSON schema."""
+    """The call between a call's two tokens, None if it cannot be read. `schemas`: function name to JSON schema.
+
+    What JSON or UTF-8 cannot say, 1e999 or half a surrogate pair, cannot be read.
+    """
     for read in (strict, lenient):
         try:
-            return read(text, schemas or EMPTY)
+            call = read(text, schemas or EMPTY)
+            json.dumps([call.name, call.arguments], allow_nan=False, ensure_ascii=False).encode()
         except ValueError:
             continue
+        return call
     return None
 
 
