@@ -15,9 +15,12 @@ from terminal import GEMMA4Q, SURE, chatty
 from tiny import U32, tiny
 
 from gemma4q.cli import COMMANDS, cli
+from gemma4q.cli.answer import Display
 from gemma4q.cli.prompt import is_text, unescape
 from gemma4q.cli.run import why_slow
 from gemma4q.cli.terminal import columns, harmless, human_bytes
+from gemma4q.text.calls import Call
+from gemma4q.text.stream import Event
 
 ERROR_LINE = re.compile(r"error: [a-z_0-9]+: .+\n")
 
@@ -236,6 +239,27 @@ class TestText:
         assert columns([]) == ""
 
 
+class TestDisplay:
+    def shown(self, capsys, *events: Event):
+        display = Display()
+        for event in events:
+            display.add(event)
+        display.close()
+        return display, capsys.readouterr()
+
+    def test_a_call_is_a_line_of_its_own(self, capsys):
+        call = Event("call", "", Call("f\n", {"é": "a\nb"}))
+        display, out = self.shown(capsys, Event("thought", "hm"), Event("content", "So:"), call, call)
+        line = 'f\\n {"é": "a\\nb"}\n'
+        assert (out.out, out.err) == (f"So:\n{line}{line}", "hm\n")
+        assert display.message()["tool_calls"] == 2 * [{"type": "function", "function": vars(call.call)}]
+
+    def test_a_call_that_cannot_be_read_is_part_of_the_text(self, capsys):
+        display, out = self.shown(capsys, Event("content", "So:"), Event("unparsed", "call:f{"))
+        assert out.out == "So:\ncall:f{\n" and display.unreadable
+        assert display.message() == {"role": "assistant", "content": "So:\ncall:f{"}
+
+
 class TestPlan:
     def test_says_what_a_context_takes(self, model):
         small, large = (json.loads(invoke("plan", model, "-c", size, "--json").stdout) for size in ("256", "8192"))
@@ -286,6 +310,31 @@ class TestRun:
         tokens = invoke("tokenize", model, "--bos", "--ids", stdin="a a\nb\nc").stdout.split()
         done = invoke("run", model, "--raw", "a", "a", "-f", str(tmp_path / "text"), "-n", "1", "--json", stdin="c\n")
         assert json.loads(done.stdout)["stats"]["prompt_tokens"] == len(tokens)
+
+    @pytest.mark.parametrize(
+        ("text", "fault"),
+        [
+            ("{", "bad_tools: FILE is not JSON: "),
+            ("[NaN]", "bad_tools: FILE is not JSON: it holds NaN"),
+            ("[" * 100_000, "bad_tools: FILE is not JSON: "),
+            ("{}", "bad_tools: FILE: tools must be a list"),
+            ('[{"name": "a b"}]', "bad_tools: FILE: tools[0]: 'a b' is no name "),
+            ('[{"name": "a"}, {"name": "b", "parameters": 1}]', "bad_tools: FILE: tools[1] (b).parameters must be"),
+        ],
+    )
+    def test_functions_that_cannot_be_declared_are_one_line(self, model, tmp_path, text, fault):
+        path = tmp_path / "tools.json"
+        path.write_text(text)
+        for command in ("run", "template"):
+            done = invoke(command, model, "hi", "--tools", str(path), stdin="")
+            assert done.exit_code == 1 and ERROR_LINE.fullmatch(done.stderr)
+            assert done.stderr.startswith("error: " + fault.replace("FILE", str(path)))
+        assert invoke("run", model, "hi", "--raw", "--tools", str(path), stdin="").exit_code == 2
+
+    def test_a_model_without_the_tokens_of_calls_refuses_functions(self, model, tmp_path):
+        (tmp_path / "tools.json").write_text('[{"name": "a"}]')
+        done = invoke("run", model, "hi", "--tools", str(tmp_path / "tools.json"), stdin="")
+        assert done.exit_code == 1 and done.stderr.startswith("error: bad_tokenizer: ")
 
     def test_escapes_are_read_only_when_asked_for(self, model):
         counts = [

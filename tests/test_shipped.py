@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from terminal import GEMMA4Q
+from terminal import GEMMA4Q, Person
 
 import gemma4q
 from gemma4q.convert.convert import planned
@@ -90,6 +90,52 @@ def test_a_missing_file_is_no_prompt(tmp_path):
 def test_json_from_the_command_line_can_be_read():
     ask = "Write JSON with name, age and city: Ben lives in Oslo. Ben is 31 years old."
     assert json.loads(run(ask, stdin=subprocess.DEVNULL).stdout) == {"name": "Ben", "age": 31, "city": "Oslo"}
+
+
+@pytest.fixture
+def declared(tmp_path) -> Path:
+    """Two functions, as OpenAI's API declares them."""
+
+    def function(name: str, purpose: str, parameter: str, kind: str) -> dict:
+        schema = {"type": "object", "properties": {parameter: {"type": kind}}, "required": [parameter]}
+        return {"type": "function", "function": {"name": name, "description": purpose, "parameters": schema}}
+
+    path = tmp_path / "tools.json"
+    functions = (
+        function("get_weather", "Weather in a city", "city", "string"),
+        function("set_timer", "Starts a timer", "minutes", "integer"),
+    )
+    path.write_text(json.dumps(functions))
+    return path
+
+
+@each_name
+def test_a_declared_function_is_called(name, declared):
+    options = ("--tools", str(declared), "--temp", "0")
+    done = run(name, "Set a timer for 12 minutes.", *options, stdin=subprocess.DEVNULL)
+    assert done.stdout == 'set_timer {"minutes": 12}\n' and "thoughts" not in done.stderr
+    found = json.loads(run(name, "Weather in Oslo?", *options, "--json", stdin=subprocess.DEVNULL).stdout)
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+    assert found["tool_calls"] == [call] and found["text"] == ""
+    assert json.loads(run(name, "27 + 58", "--json", stdin=subprocess.DEVNULL).stdout)["tool_calls"] == []
+
+
+def test_in_a_conversation_a_call_waits_for_its_result(declared, tmp_path):
+    person = Person("tiny", "--tools", str(declared), "--temp", "0")
+    person.reads(">>> ")
+    person.types("What is the weather in Oslo?\n")
+    assert 'get_weather {"city": "Oslo"}' in person.reads("result of get_weather> ")
+    assert "grey" in person.says('{"sky": "grey", "temperature": 3}')
+    assert "get_weather, set_timer" in person.says("/show")
+    person.says(f"/save {tmp_path / 'talk.json'}")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["role"] for message in saved["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert saved["messages"][1]["reasoning_content"] and saved["messages"][2]["name"] == "get_weather"
+    person.says("/clear")
+    assert "loaded 4 messages" in person.says(f"/load {tmp_path / 'talk.json'}")
+    assert "get_weather, set_timer" in person.says("/show")
+    person.types("/bye\n")
+    assert person.leaves() == 0
 
 
 @pytest.mark.peers

@@ -1,17 +1,23 @@
 """One answer on its way to a person or a pipe: streamed, thoughts apart, stoppable, with a closing line of figures.
 
-Text goes to stdout as it is produced, thoughts to stderr, dim. What comes before and after is `run`'s and `chat`'s.
+Text goes to stdout as it is produced, each call of a function on a line there, thoughts to stderr, dim. What comes
+before and after is `run`'s and `chat`'s.
 """
 
+import json
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import click
 
+from ..errors import printable
+from ..text.calls import Call
+from ..text.stream import Event
 from .terminal import Waiting, coloured, harmless, note, style, warn
 
 THOUGHT, CONTENT = "thought", "content"
@@ -22,6 +28,7 @@ ENDINGS = {  # how an answer may end that a person should know about
     "cancelled": "stopped",
 }
 ONLY_THOUGHTS = "all of it were thoughts: allow more with -n, or none with --reasoning off"
+UNREADABLE = "a call that cannot be read stands in the answer as the model wrote it"
 
 
 @contextmanager
@@ -52,28 +59,61 @@ def stopped_by_ctrl_c(cancel: Callable[[], None]) -> Iterator[None]:
 
 
 class Display:
-    """Writes an answer as it comes: text to stdout; thoughts, dim, to stderr."""
+    """Writes an answer as it comes: text and calls to stdout; thoughts, dim, to stderr.
+
+    A call is a line of its own: the function's name, and its arguments as JSON.
+    """
 
     def __init__(self, stream: bool = True, thoughts: bool = True):
         self.stream, self.thoughts = stream, thoughts
         self.on_terminal = sys.stdout.isatty()
         self.pieces: dict[str, list[str]] = {CONTENT: [], THOUGHT: []}
-        self.thinking = False
+        self.calls: list[Call] = []
+        self.unreadable = self.thinking = self.within_line = False
 
-    def add(self, kind: str, text: str) -> None:
-        kind = THOUGHT if kind == THOUGHT else CONTENT
-        self.pieces[kind].append(text)
-        if kind == THOUGHT:
-            if self.stream and self.thoughts:
-                self.thinking = True
-                click.echo(style(harmless(text), sys.stderr, "2"), err=True, nl=False)
-        elif self.stream:
-            self.end_thought()
-            click.echo(harmless(text) if self.on_terminal else text, nl=False)
+    def add(self, event: Event) -> None:
+        if event.kind == THOUGHT:
+            self.pieces[THOUGHT].append(event.text)
+            self._think(event.text)
+        elif event.call:
+            self.calls.append(event.call)
+            self._write_line(one_line(event.call))
+        elif event.kind == CONTENT:
+            self.pieces[CONTENT].append(event.text)
+            self._write(event.text)
+        else:
+            self.unreadable = True
+            before = self.text(CONTENT)
+            self.pieces[CONTENT].append("\n" * bool(before and not before.endswith("\n")) + event.text)
+            self._write_line(event.text)
 
     @property
     def begun(self) -> bool:
-        return any(self.pieces.values())
+        return any(self.pieces.values()) or bool(self.calls)
+
+    def message(self) -> dict:
+        """The answer as the conversation goes on with it: without thoughts, but for those that led to a call."""
+        message = {"role": "assistant", "content": self.text(CONTENT)}
+        if self.calls:
+            message |= {"reasoning_content": self.text(THOUGHT), "tool_calls": self.tool_calls()}
+        return message
+
+    def tool_calls(self) -> list[dict]:
+        return [{"type": "function", "function": asdict(call)} for call in self.calls]
+
+    def _think(self, text: str) -> None:
+        if self.stream and self.thoughts:
+            self.thinking = True
+            click.echo(style(harmless(text), sys.stderr, "2"), err=True, nl=False)
+
+    def _write(self, text: str) -> None:
+        if self.stream and text:
+            self.end_thought()
+            self.within_line = not text.endswith("\n")
+            click.echo(harmless(text) if self.on_terminal else text, nl=False)
+
+    def _write_line(self, text: str) -> None:
+        self._write("\n" * self.within_line + text + "\n")
 
     def end_thought(self) -> None:
         if self.thinking:
@@ -83,13 +123,16 @@ class Display:
     def close(self) -> None:
         """Leaves the cursor at the start of a line, and nothing unwritten."""
         self.end_thought()
-        text = self.text(CONTENT)
-        if self.stream and text and not text.endswith("\n"):
-            click.echo()
+        self._write("\n" * self.within_line)
         sys.stdout.flush()
 
     def text(self, kind: str) -> str:
         return "".join(self.pieces[kind])
+
+
+def one_line(call: Call) -> str:
+    """A function's name and its arguments as JSON."""
+    return f"{printable(call.name)} {json.dumps(call.arguments, ensure_ascii=False)}"
 
 
 def give(generation, display: Display, quiet: bool) -> None:
@@ -99,15 +142,17 @@ def give(generation, display: Display, quiet: bool) -> None:
         with waiting, stopped_by_ctrl_c(generation.cancel):
             for event in generation.events():
                 waiting.done()
-                display.add(event.kind, event.text)
+                display.add(event)
     finally:
         display.close()
     if quiet:
         return
     if ending := ENDINGS.get(generation.finish):
         warn(ending.format(count=generation.stats.generated_tokens))
-        if display.begun and not display.text(CONTENT):
+        if display.text(THOUGHT) and not display.text(CONTENT) and not display.calls:
             warn(ONLY_THOUGHTS)
+    if display.unreadable:
+        warn(UNREADABLE)
     note(style(figures(generation.stats, generation.seed), sys.stderr, "2"))
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import click
 
 from ..errors import Gemma4qError
-from .answer import CONTENT, Display, give
+from ..text import normalise
+from ..text.calls import Call
+from .answer import Display, give
 from .options import SAMPLING
-from .terminal import columns, note
+from .terminal import columns, harmless, note
 
-PROMPT, MORE, BLOCK = ">>> ", "... ", '"""'
+PROMPT, MORE, RESULT, BLOCK = ">>> ", "... ", "result of {}> ", '"""'
 OTHER_SETTINGS = {"system": "what the model is told to be", "reasoning": "on or off"}
 LARGEST_FILE_BYTES = 64 << 20
 
@@ -28,16 +30,17 @@ NAMES = {setting.name: setting for setting in SAMPLING}
 
 @dataclass
 class Conversation:
-    """Messages and settings; `sampling` are the options that were set, by the engine's names."""
+    """Messages and settings; `tools` are declared functions, `sampling` the options set, by the engine's names."""
 
     messages: list[dict] = field(default_factory=list)
     system: str | None = None
     reasoning: bool = True
+    tools: list[dict] | None = None
     sampling: dict = field(default_factory=dict)
 
     def options(self) -> dict:
         """What the engine is told besides the messages."""
-        return self.sampling | {"system": self.system, "thinking": self.reasoning}
+        return self.sampling | {"system": self.system, "thinking": self.reasoning, "tools": self.tools}
 
     def to_json(self) -> str:
         return json.dumps(vars(self), ensure_ascii=False, indent=1)
@@ -47,14 +50,12 @@ class Conversation:
         """Raises bad_file when `text` is not what `to_json` writes; what it asks for is checked when it is used."""
         try:
             found = cls(**json.loads(text))
-            shaped = isinstance(found.messages, list) and all(
-                isinstance(message, dict) and message.keys() == {"role", "content"} for message in found.messages
-            )
-            if not (shaped and isinstance(found.system, str | None) and isinstance(found.reasoning, bool)):
+            found.messages, found.tools = normalise.messages(found.messages), normalise.tools(found.tools)
+            if not (isinstance(found.system, str | None) and isinstance(found.reasoning, bool)):
                 raise TypeError
             for name, value in found.sampling.items():  # JSON knows lists only
                 found.sampling[name] = tuple(map(tuple, value)) if name == "logit_bias" else _tuple(value)
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, RecursionError, Gemma4qError):
             raise Gemma4qError("bad_file", f"{path} is not a conversation saved by /save") from None
         return found
 
@@ -117,7 +118,15 @@ class Chat:
             self.ask([*self.conversation.messages, {"role": "user", "content": text}])
 
     def ask(self, messages: list[dict]) -> None:
-        """Answers `messages`, which become the conversation once there is an answer, be it the start of one."""
+        """Answers `messages`; where functions are called, the person gives their results, and the answer goes on."""
+        while calls := self.answer(messages):
+            messages = [*self.conversation.messages, *map(read_result, calls)]
+
+    def answer(self, messages: list[dict]) -> list[Call]:
+        """Answers `messages`, which become the conversation once there is an answer, be it the start of one.
+
+        Returns the calls that wait for results: of declared functions, in an answer that came to its end.
+        """
         talk, display = self.conversation, Display(thoughts=not self.hide_thinking)
         generation = self.model.chat(messages, **talk.options())
         try:
@@ -125,7 +134,8 @@ class Chat:
         finally:
             self.used = generation.stats.prompt_tokens + generation.stats.generated_tokens
             if display.begun:
-                talk.messages = [*messages, {"role": "assistant", "content": display.text(CONTENT)}]
+                talk.messages = [*messages, display.message()]
+        return display.calls if talk.tools and generation.finish == "stop" else []
 
     def help(self, _: str) -> None:
         for name, (_, purpose) in self.commands.items():
@@ -174,6 +184,7 @@ class Chat:
             ("context", f"{self.used:,} of {self.model.context:,} tokens"),
             ("system", talk.system or "-"),
             ("reasoning", "on" if talk.reasoning else "off"),
+            ("tools", ", ".join(tool["function"]["name"] for tool in talk.tools or ()) or "-"),
         ]
         note(columns([*rows, *talk.sampling.items()]))
 
@@ -210,6 +221,11 @@ def read_message() -> str:
     while not text.rstrip().endswith(BLOCK):
         text += "\n" + _line(MORE)
     return text.rstrip().removesuffix(BLOCK).strip("\n")
+
+
+def read_result(call: Call) -> dict:
+    """What a function returned, as the person has it."""
+    return {"role": "tool", "name": call.name, "content": _line(RESULT.format(harmless(call.name)))}
 
 
 def _line(prompt: str) -> str:

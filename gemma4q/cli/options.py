@@ -128,6 +128,7 @@ sampling = together(
 )
 talk = together(
     click.option("-sys", "--system", "--system-prompt", "system", help="What the model is told to be."),
+    click.option("--tools", help="Functions that the model may call: a JSON file, the list `tools` of OpenAI's API."),
     click.option("--reasoning", type=click.Choice(["on", "off"]), default="on", help="Whether the model thinks first."),
     click.option(
         "--template-size", type=click.Choice(["small", "large"]), help="The template of E2B, E4B or of the others."

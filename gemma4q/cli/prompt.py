@@ -1,19 +1,21 @@
 """Where a text comes from: the words of the command line, a file, what is piped in, or all of them in that order.
 
-And where the template comes from that a conversation is written with.
+And what a conversation is written with: the functions that are declared in it, and its template.
 """
 
+import json
 import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
 from ..errors import Gemma4qError
 
-LONGEST_BYTES = 256 << 20
+LONGEST_BYTES, LONGEST_TOOLS_BYTES = 256 << 20, 16 << 20
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 
 words = click.argument("words", metavar="[TEXT]...", nargs=-1)
@@ -53,6 +55,31 @@ def chat_template(choice: str | None, metadata: Mapping):
     return ChatTemplate(source)
 
 
+def tools(path: str | None) -> list[dict[str, Any]] | None:
+    """The functions that a file declares, checked; raises `bad_tools` naming file and place."""
+    if path is None:
+        return None
+    from ..text.normalise import tools as checked
+
+    declared = parsed(_read(path, LONGEST_TOOLS_BYTES), "bad_tools", path)
+    try:
+        return checked(declared)
+    except Gemma4qError as error:
+        raise Gemma4qError(error.kind, f"{path}: {error.message}") from None
+
+
+def parsed(text: str, kind: str, what: str) -> Any:
+    """JSON as a value; raises `kind` when it is none."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise Gemma4qError(kind, f"{what} is not JSON: {error}") from None
+
+
 def unescape(text: str) -> str:
     r"""`\n`, `\t`, `\\` and so on as the characters they stand for; other backslashes stay."""
     pieces = text.split("\\")
@@ -77,9 +104,9 @@ def _piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _read(path: str) -> str:
+def _read(path: str, most_bytes: int = LONGEST_BYTES) -> str:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Gemma4qError("not_a_file", f"{path} is not a regular file")
-    if os.path.getsize(path) > LONGEST_BYTES:
-        raise Gemma4qError("too_big", f"{path} is larger than {LONGEST_BYTES >> 20} MiB")
+    if os.path.getsize(path) > most_bytes:
+        raise Gemma4qError("too_big", f"{path} is larger than {most_bytes >> 20} MiB")
     return Path(path).read_text(encoding="utf-8", errors="replace")

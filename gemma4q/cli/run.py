@@ -18,6 +18,7 @@ Examples:
   gemma4q run "What is 27 + 58?"                   one answer of tiny
   gemma4q run model.gguf "Why is the sky blue?"    one answer of a model of your own
   git diff | gemma4q run model.gguf "Review this:"
+  gemma4q run model.gguf --tools tools.json "Is it raining in Oslo?"
 """
 NO_TEMPLATE = "this file has no chat template or no turn tokens"
 
@@ -42,6 +43,9 @@ def run(model: str | None, words: tuple[str, ...], file: str | None, raw: bool, 
     `tiny-moe`.
     """
     quiet, alone = values["quiet"], raw or values["single_turn"] or values["as_json"]
+    if raw and values["tools"]:
+        raise click.UsageError("--raw is without a template, so without --tools")
+    values["tools"] = prompt.tools(values["tools"])
     if model is None or (not words and prompt.is_text(model)):
         words, model = (model,) if model else (), str(shipped(DEFAULT))
         if not quiet:
@@ -54,7 +58,7 @@ def run(model: str | None, words: tuple[str, ...], file: str | None, raw: bool, 
         if not quiet and values["backend"] == "auto" and (slow := why_slow(loaded.backend.name)):
             warn(slow)
         mute = not raw and not _can_chat(loaded, values["chat_template"])
-        if mute and text is None:
+        if mute and (text is None or values["tools"]):
             raise Gemma4qError("missing_key", f"{model} cannot chat: {NO_TEMPLATE}; --raw completes a text")
         if text is None:
             _chat(loaded, how, values)
@@ -103,17 +107,19 @@ def _can_chat(loaded, template: str | None) -> bool:
 
 def _ask(loaded, text: str, how: dict, values: dict):
     messages = [{"role": "user", "content": text}]
-    return loaded.chat(messages, system=values["system"], thinking=values["reasoning"] == "on", **how)
+    thinking = values["reasoning"] == "on"
+    return loaded.chat(messages, system=values["system"], thinking=thinking, tools=values["tools"], **how)
 
 
 def _chat(loaded, how: dict, values: dict) -> None:
     from .chat import Chat, Conversation
 
-    talk = Conversation(system=values["system"], reasoning=values["reasoning"] == "on", sampling=how)
+    reasoning = values["reasoning"] == "on"
+    talk = Conversation(system=values["system"], reasoning=reasoning, tools=values["tools"], sampling=how)
     Chat(loaded, talk, values["hide_thinking"], values["quiet"]).run()
 
 
 def _json(generation, display: Display) -> str:
     stats = asdict(generation.stats) | {"tokens_per_second": generation.stats.tokens_per_second}
-    found = {"text": display.text(CONTENT), "thoughts": display.text(THOUGHT), "finish": generation.finish}
-    return json.dumps(found | {"seed": generation.seed, "stats": stats})
+    found = {"text": display.text(CONTENT), "thoughts": display.text(THOUGHT), "tool_calls": display.tool_calls()}
+    return json.dumps(found | {"finish": generation.finish, "seed": generation.seed, "stats": stats})

@@ -72,11 +72,15 @@ def template(
 
     text = prompt.read_text(words, file, trim=True) or ""
     tokenizer, metadata = _tokenizer(model)
-    given = _parsed(text) if messages else [{"role": "user", "content": text}]
+    given = _conversation(text) if messages else [{"role": "user", "content": text}]
     turns = normalised(([{"role": "system", "content": system}] if system else []) + given)
     thinking, custom = how["reasoning"] == "on", prompt.chat_template(how["chat_template"], metadata)
     flavour = how["template_size"] or flavour_of(metadata, file_name=model)
-    segments = custom.render(turns, thinking=thinking) if custom else render(turns, flavour=flavour, thinking=thinking)
+    declared = prompt.tools(how["tools"])
+    if custom:
+        segments = custom.render(turns, declared, thinking=thinking)
+    else:
+        segments = render(turns, declared, flavour=flavour, thinking=thinking)
     click.echo(" ".join(map(str, encode(segments, tokenizer))) if ids else text_of(segments))
 
 
@@ -89,11 +93,8 @@ def _tokenizer(model: str):
     return Tokenizer(metadata), metadata
 
 
-def _parsed(text: str) -> list:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Gemma4qError("bad_message", f"the conversation is not JSON: {error}") from None
+def _conversation(text: str) -> list:
+    found = prompt.parsed(text, "bad_message", "the conversation")
     if not isinstance(found, list):
         raise Gemma4qError("bad_message", "a conversation is a JSON list of messages")
     return found
