@@ -137,7 +137,8 @@ static void run_longer(session *s, int32_t number, int32_t chunks, const context
     const int64_t start = now();
     run_op(s, number, chunks, c, thread);
     if (strncmp(name, LENGTHEN, length) || name[length] != '_' || strcmp(name + length + 1, s->kernels->isa)) return;
-    for (const int64_t end = start + (now() - start) * (100 + LENGTHEN_PERCENT) / 100; now() < end;) {
+    const double factor = 1 + LENGTHEN_PERCENT / 100.0;
+    for (const int64_t end = start + (int64_t)((double)(now() - start) * factor); now() < end;) {
     }
 }
 #define run_op run_longer
