@@ -16,8 +16,9 @@ struct session {
     kv_layer *kv;
     int32_t weight_count;
     uint8_t *arena, *scratch;
-    _Atomic int32_t *taken; /* [threads][ops]: chunks taken of each thread's own run of them */
+    _Atomic int32_t *taken; /* [threads][2][ops]: chunks taken of each thread's own run of them, and of an op's merge */
     int32_t *chunks;        /* [ops] of this run; -1: known only when the op starts */
+    int32_t *merges;        /* [ops] chunks of the merge that follows all others; 0: none */
     uint8_t *barrier;       /* [ops] before which all threads meet */
     int32_t *matmul;        /* [ops]: the next matmul from here on, -1: none */
     const int32_t *cancel;
@@ -51,7 +52,7 @@ int32_t chunk_count(const op *o, const context *c) {
         }
         case OP_ATTEND: {
             const attend_cut cut = attend_share(o, c);
-            return (rows + cut.rows - 1) / cut.rows * o->kv_heads * cut.parts;
+            return (rows + cut.rows - 1) / cut.rows * o->kv_heads * cut.parts * cut.spans;
         }
         case OP_EXPERTS_UP: {
             const weight *w = &c->weights[o->weight[0]];
@@ -70,6 +71,10 @@ int32_t chunk_count(const op *o, const context *c) {
         case OP_TOP: return 1;
         default: return rows; /* embed, embed_rows, route, store_kv */
     }
+}
+
+static int32_t merge_count(const op *o, const context *c) {
+    return o->code == OP_ATTEND && rows_of(o, c) && attend_share(o, c).spans > 1 ? rows_of(o, c) * o->heads : 0;
 }
 
 static int64_t now(void) {
@@ -98,12 +103,13 @@ static int64_t bytes_read(const op *o, const context *c) {
 }
 
 /* A thread takes its own run of chunks in order, one stream through memory, then helps out with what others have left. */
-static void take_chunks(session *s, int32_t number, int32_t chunks, kernel run, const context *c, int32_t thread) {
+static void take_chunks(session *s, int32_t number, int merge, int32_t chunks, kernel run, const context *c,
+                        int32_t thread) {
     for (int32_t i = 0; i < c->threads; i++) {
         const int32_t owner = (thread + i) % c->threads;
         const int32_t first = (int32_t)((int64_t)chunks * owner / c->threads);
         const int32_t count = (int32_t)((int64_t)chunks * (owner + 1) / c->threads) - first;
-        _Atomic int32_t *taken = &s->taken[(int64_t)owner * s->count + number];
+        _Atomic int32_t *taken = &s->taken[(int64_t)(2 * owner + merge) * s->count + number];
         for (int32_t n; (n = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed)) < count;)
             run(&s->ops[number], c, first + n);
     }
@@ -123,7 +129,7 @@ static int64_t coming(const session *s, const context *c, int32_t number, int32_
 
 static void run_op(session *s, int32_t number, int32_t chunks, const context *c, int32_t thread) {
     const kernel run = s->kernels->ops[s->ops[number].code];
-    if (chunks != 1 || s->chunks[number] == LATER) take_chunks(s, number, chunks, run, c, thread);
+    if (chunks != 1 || s->chunks[number] == LATER) take_chunks(s, number, 0, chunks, run, c, thread);
     else if (thread == 0) run(&s->ops[number], c, 0);
 }
 
@@ -165,6 +171,10 @@ static void share(void *arg, int32_t thread, int32_t threads) {
         const int32_t chunks = s->chunks[i] == LATER ? chunk_count(o, &c) : s->chunks[i];
         if (thread == 0 && chunks) c.result->weight_bytes += bytes_read(o, &c);
         run_op(s, i, chunks, &c, thread);
+        if (s->merges[i]) {
+            pool_barrier(s->threads, NULL, 0);
+            take_chunks(s, i, 1, s->merges[i], s->kernels->attend_merge, &c, thread);
+        }
         if (before) before = count_time(&times[i], before);
     }
 }
@@ -174,7 +184,9 @@ static void lay_barriers(session *s) {
     int alone = 1, owed = 0;
     for (int32_t i = s->first; i < s->end; i++) {
         s->chunks[i] = s->ops[i].code == OP_EXPERTS_UP ? LATER : chunk_count(&s->ops[i], &s->step);
-        for (int32_t t = 0; t < s->step.threads; t++)
+        s->merges[i] = merge_count(&s->ops[i], &s->step);
+        s->step.result->barriers += s->merges[i] > 0;
+        for (int32_t t = 0; t < 2 * s->step.threads; t++)
             atomic_store_explicit(&s->taken[(int64_t)t * s->count + i], 0, memory_order_relaxed);
         const int single = s->chunks[i] == 1 || s->chunks[i] == 0;
         s->barrier[i] = 0;
@@ -239,7 +251,7 @@ static void *copy(const void *from, size_t count, size_t each) {
 }
 session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, const buffer *buffers,
                      int32_t buffer_count, const weight *weights, int32_t weight_count, const kv_layer *kv,
-                     int32_t kv_count, uint8_t *arena, uint8_t *scratch) {
+                     int32_t kv_count, uint8_t *arena, uint8_t *scratch, float *split, int64_t split_bytes) {
     session *s = calloc(1, sizeof *s);
     if (!s) return NULL;
     s->threads = threads;
@@ -248,22 +260,28 @@ session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, c
     s->buffers = copy(buffers, (size_t)buffer_count, sizeof *buffers);
     s->weights = copy(weights, (size_t)weight_count, sizeof *weights);
     s->kv = copy(kv, (size_t)kv_count, sizeof *kv);
-    s->taken = calloc((size_t)count * (size_t)(threads ? pool_threads(threads) : 1), sizeof *s->taken);
+    s->taken = calloc(2 * (size_t)count * (size_t)(threads ? pool_threads(threads) : 1), sizeof *s->taken);
     s->chunks = calloc((size_t)count, sizeof *s->chunks);
+    s->merges = calloc((size_t)count, sizeof *s->merges);
     s->barrier = calloc((size_t)count, 1);
     s->matmul = calloc((size_t)count + 1, sizeof *s->matmul);
     s->count = count;
     s->weight_count = weight_count;
     s->arena = arena;
     s->scratch = scratch;
-    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->taken || !s->chunks || !s->barrier ||
-        !s->matmul) {
+    if (!s->kernels || !s->ops || !s->buffers || !s->weights || !s->kv || !s->taken || !s->chunks || !s->merges ||
+        !s->barrier || !s->matmul) {
         session_free(s);
         return NULL;
     }
     s->matmul[count] = -1;
     for (int32_t i = count; i--;) s->matmul[i] = ops[i].code == OP_MATMUL ? i : s->matmul[i + 1];
-    s->step = (context){.buffers = s->buffers, .weights = s->weights, .kv = s->kv, .arena = arena};
+    s->step = (context){.buffers = s->buffers,
+                        .weights = s->weights,
+                        .kv = s->kv,
+                        .arena = arena,
+                        .split = split,
+                        .split_bytes = split_bytes};
     return s;
 }
 void session_free(session *s) {
@@ -274,6 +292,7 @@ void session_free(session *s) {
     free(s->kv);
     free(s->taken);
     free(s->chunks);
+    free(s->merges);
     free(s->barrier);
     free(s->matmul);
     free(s);

@@ -22,6 +22,7 @@ enum {
     LEAD_BYTES = 1 << 14,   /* between what a matmul reads and what it prefetches, at least; whole panels */
     AHEAD_BYTES = 1 << 17,  /* fetched into the second cache while waiting */
     ATTEND_BLOCK = 512,     /* positions in one softmax block; blocks start at multiples of it */
+    ATTEND_SPAN = 1024,     /* positions whose blocks are merged before they meet the others; may be a thread's work */
     ATTEND_ROWS = 8,        /* query rows (heads, tokens) that share each key */
     THREAD_BYTES = 1 << 20, /* scratch of one thread */
     MAX_HEAD_DIM = 1024,
@@ -40,7 +41,9 @@ typedef struct {
     const weight *weights;
     const kv_layer *kv;
     uint8_t *arena;
-    uint8_t *scratch; /* THREAD_BYTES of this thread's own */
+    uint8_t *scratch;    /* THREAD_BYTES of this thread's own */
+    float *split;        /* what came of the spans of a row that several threads share: {top, sum, head_dim values} */
+    int64_t split_bytes; /* of them */
     run_result *result;
     int32_t threads;
 } context;
@@ -54,6 +57,7 @@ typedef struct {
     const char *matmul_names[TYPE_COUNT];
     const char *row_names[TYPE_COUNT];
     void (*quantize)(const float *x, block_a8 *y, int64_t cols);
+    kernel attend_merge;
     void (*dequantize[TYPE_COUNT])(const uint8_t *x, float *y, int64_t cols);
     void (*matmul)(const weight *, int64_t first, int64_t rows, const void *const *x, float *const *y, int64_t tokens,
                    uint8_t *scratch);
@@ -128,14 +132,43 @@ static inline int32_t experts_up_share(const weight *w, int32_t rows) {
 static inline int32_t experts_down_share(const weight *w, int32_t rows, int32_t threads) {
     return share_rows(w->rows, row_bytes(w->type, w->cols), rows, threads);
 }
-/* How attention is cut: heads of a KV head that go together, the parts that makes of its group, rows that go together. */
-typedef struct { int32_t heads, parts, rows; } attend_cut;
+/* The first and the last position that a row sees. */
+static inline int32_t seen_from(const op *o, const batch_row *r) {
+    return o->window && r->position >= o->window ? r->position - o->window + 1 : 0;
+}
+static inline int32_t seen_to(const op *o, const batch_row *r) {
+    return o->window || r->reach < r->position ? r->reach : r->position;
+}
+/* Spans that what a row sees lies in. */
+static inline int32_t spans_of(const op *o, const batch_row *r) {
+    return seen_to(o, r) / ATTEND_SPAN - seen_from(o, r) / ATTEND_SPAN + 1;
+}
+/* How attention is cut: heads of a KV head that go together, the parts that makes of its group, rows that go together,
+ * and where there are few rows and much to see, spans that go alone (1: all together). */
+typedef struct { int32_t heads, parts, rows, spans; } attend_cut;
 static inline attend_cut attend_share(const op *o, const context *c) {
     const int32_t group = o->heads / o->kv_heads, rows = rows_of(o, c);
-    int32_t heads = group < ATTEND_ROWS ? group : ATTEND_ROWS, together = ATTEND_ROWS / heads;
-    while (together > 1 && rows * o->kv_heads / together < 2 * c->threads) together /= 2;
-    while (heads > 1 && rows * o->kv_heads * ((group + heads - 1) / heads) < c->threads) heads = (heads + 1) / 2;
-    return (attend_cut){heads, (group + heads - 1) / heads, together};
+    attend_cut cut = {group < ATTEND_ROWS ? group : ATTEND_ROWS, 1, 1, 1};
+    cut.rows = ATTEND_ROWS / cut.heads;
+    while (cut.rows > 1 && rows * o->kv_heads / cut.rows < 2 * c->threads) cut.rows /= 2;
+    if (rows < 2 * c->threads && !o->window) {
+        for (int32_t r = 0; r < rows; r++) {
+            const int32_t spans = spans_of(o, row_info(o, c, r));
+            cut.spans = spans > cut.spans ? spans : cut.spans;
+        }
+        if ((int64_t)rows * o->heads * cut.spans * (o->head_dim + 2) * (int64_t)sizeof(float) > c->split_bytes)
+            cut.spans = 1;
+        if (cut.spans > 1) cut.rows = 1;
+    }
+    const int32_t least = cut.spans > 1 ? 2 * c->threads : c->threads; /* spans are of unequal length */
+    while (cut.heads > 1 && rows * o->kv_heads * ((group + cut.heads - 1) / cut.heads) * cut.spans < least)
+        cut.heads = (cut.heads + 1) / 2;
+    cut.parts = (group + cut.heads - 1) / cut.heads;
+    return cut;
+}
+/* Where the result of a span of a row's head is kept. */
+static inline float *split_at(const op *o, const context *c, attend_cut cut, int32_t row, int32_t head, int32_t span) {
+    return c->split + (((int64_t)row * o->heads + head) * cut.spans + span) * (o->head_dim + 2);
 }
 int32_t chunk_count(const op *, const context *);
 

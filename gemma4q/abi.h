@@ -192,10 +192,11 @@ const char *kernel_name(int32_t isa, int32_t code, int32_t type); /* which kerne
 row_cache *row_cache_new(int32_t fd, int64_t offset, int64_t row_bytes, int32_t rows, int32_t slots);
 void row_cache_free(row_cache *);
 
-/* Copies the records; keeps the addresses. Arena, pages and weights stay the caller's. NULL: no memory. */
+/* Copies the records; keeps the addresses. Arena, pages and weights stay the caller's. NULL: no memory.
+ * split: room for what threads that share a row's attention found; without it a row's heads alone are shared out. */
 session *session_new(pool *, int32_t isa, const op *, int32_t ops, const buffer *, int32_t buffers,
                      const weight *, int32_t weights, const kv_layer *, int32_t kv_layers,
-                     uint8_t *arena, uint8_t *scratch);
+                     uint8_t *arena, uint8_t *scratch, float *split, int64_t split_bytes);
 void session_free(session *);
 int64_t scratch_bytes(int32_t threads);
 int32_t session_run(session *, const uint8_t *batch, run_result *, const int32_t *cancel, int32_t first_op, int32_t end_op);

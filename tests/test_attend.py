@@ -155,6 +155,26 @@ def test_softmax_blocks_of_512_positions_are_merged():
             same(Runner(model, isa=isa, limits=limits, threads=2).run(rows(x)).hidden, expected)
 
 
+@each_isa
+def test_spans_of_1024_positions_are_merged_whoever_computes_them(isa):
+    """2,100 positions: three spans. The last rows among many, and alone, when threads share their spans."""
+    pages = range(33)
+    limits = replace(LIMITS, rows=700, wanted=700, context=2112, global_pages=33)
+    model = attention(2, 1, 16)
+    x = vectors(model, 2100)
+    twin = Runner(model, Twin(), limits=limits)
+    expected = [twin.run(rows(x[at : at + 700], at, pages=pages)).hidden for at in (0, 700, 1400)][-1]
+    assert np.abs(expected[-60:] - exactly(x, F32, 2, 1, 16)[-60:]).max() < 1e-5
+    for threads in (1, 2, 3):
+        runner = Runner(model, isa=isa, limits=limits, threads=threads)
+        for at in (0, 700):
+            runner.run(rows(x[at : at + 700], at, pages=pages))
+        same(runner.run(rows(x[1400:2040], 1400, pages=pages)).hidden, expected[:640])
+        for at, count in [(2040, 7), (2047, 1), (2048, 1), (2049, 3), (2052, 48)]:
+            found = runner.run(rows(x[at : at + count], at, pages=pages)).hidden
+            same(found, expected[at - 1400 : at - 1400 + count])
+
+
 def test_scores_of_any_size_leave_a_softmax():
     """Scores of +-3,000: one position has it all; a block merged later may outweigh all before it."""
     limits = replace(LIMITS, rows=600, wanted=600)

@@ -15,7 +15,7 @@ from gemma4q.plan.fuse import quantize_inputs
 
 A8 = dtype("block_a8")
 F = np.float32
-LANES, ATTEND_BLOCK = 16, 512
+LANES, ATTEND_BLOCK, ATTEND_SPAN = 16, 512, 1024
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -58,6 +58,16 @@ def exponential(x: np.ndarray) -> np.ndarray:
     low = (whole * F(0.5)).astype("i4")
     a, b = ((part + 127 << 23).astype("u4").view(F) for part in (low, whole.astype("i4") - low))
     return np.where(x < F(-87.3), F(0), np.where(x > F(88.7), F(np.inf), p * a * b))
+
+
+def merged(one: tuple, other: tuple) -> tuple:
+    """What was seen so far and what is seen behind it, each (sum of score times value, top score, their sum)."""
+    (out, top, total), (part, peak, more) = one, other
+    most = np.maximum(top, peak)
+    before, now = np.where(total == 0, F(0), exponential(top - most)), exponential(peak - most)
+    live = more != 0
+    out = np.where(live[..., None], out * before[..., None] + part * now[..., None], out)
+    return out, np.where(live, most, top), np.where(live, total * before + more * now, total)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -194,29 +204,31 @@ class TwinSession(ReferenceSession):
         heads = q.reshape(len(q), kv.kv_heads, -1, kv.head_dim)
         last = rows["reach"] if window else np.minimum(rows["reach"], rows["position"])
         first = np.maximum(0, rows["position"] - window + 1) if window else np.zeros_like(last)
-        total, top = np.zeros(heads.shape[:3], F), np.full(heads.shape[:3], -np.inf, F)
-        out = np.zeros_like(heads)
-        begin, end = int(first.min()) // LANES * LANES, int(last.max()) + 1
+        seen = np.zeros_like(heads), np.full(heads.shape[:3], -np.inf, F), np.zeros(heads.shape[:3], F)
+        begin, end = int(first.min()), int(last.max()) + 1
+        for base in range(begin // ATTEND_SPAN * ATTEND_SPAN, end, ATTEND_SPAN):
+            borders = max(base, begin), min(base + ATTEND_SPAN, end)
+            seen = merged(seen, self._attend_span(op, heads, first, last, *borders, sequence, k_norm))
+        return (seen[0] / seen[2][..., None]).reshape(q.shape)
+
+    def _attend_span(self, op, heads, first, last, begin, end, sequence, k_norm):
+        """(sum of score times value, the scores' top, their sum) over positions begin ... end - 1, block by block."""
+        kv = self.kv[op.args["kv_layer"]]
+        so_far = np.zeros_like(heads), np.full(heads.shape[:3], -np.inf, F), np.zeros(heads.shape[:3], F)
         for base in range(begin // ATTEND_BLOCK * ATTEND_BLOCK, end, ATTEND_BLOCK):
-            at = np.arange(max(base, begin), min(base + ATTEND_BLOCK, end))
+            at = np.arange(max(base, begin // LANES * LANES), min(base + ATTEND_BLOCK, end))
             page, place = self._slots(op, sequence, at)
             stored = self.pages[kv.layer][page, place], self.scales[kv.layer][page, place]
             seen = (at >= first[:, None]) & (at <= last[:, None])
             s = np.where(seen[:, None, None], self._scores(op, heads, *stored, k_norm), F(-np.inf))
             peak = s.max(-1)
             e = np.where(seen[:, None, None], exponential(s - peak[..., None]), F(0))
-            now_total = lane_sums(e)
             values = (stored[0][:, 1] * np.repeat(stored[1][:, 1], 32, -1)[..., : kv.head_dim]).astype(F)
             part = np.zeros_like(heads)
             for j in range(len(at)):
                 part = np.where(e[..., j, None] != 0, fma(e[..., j, None], values[j][None, :, None], part), part)
-            most = np.maximum(top, peak)
-            before, now = np.where(total == 0, F(0), exponential(top - most)), exponential(peak - most)
-            live = now_total != 0
-            out = np.where(live[..., None], out * before[..., None] + part * now[..., None], out)
-            total = np.where(live, total * before + now_total * now, total)
-            top = np.where(live, most, top)
-        return (out / total[..., None]).reshape(q.shape)
+            so_far = merged(so_far, (part, peak, lane_sums(e)))
+        return so_far
 
     def _scores(self, op, heads, stored, scales, k_norm):
         """[rows, kv_heads, group, positions]."""

@@ -32,6 +32,7 @@ const kernel_table K(kernels) = {
     .isa = TEXT(ISA),
     .names = {OPS(NAMED)},
     .ops = {OPS(SERVES)},
+    .attend_merge = K(attend_merge),
     .quantize = K(quantize_blocks),
     .matmul = K(matmul_stretch),
     .matmul_names =

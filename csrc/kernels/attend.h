@@ -3,19 +3,21 @@
  * A page holds 64 positions. Of each KV head: keys as [4][key_dim][16 positions], so that a score needs no horizontal
  * sum, then values as [64][head_dim]. A quantised page adds the scales of 32 keys' or values' dimensions after each:
  * [4][key_dim / 32][16] and [64][head_dim / 32].
- * Softmax runs in blocks that start at multiples of 512 positions, each on its own; blocks are merged in order. So a
- * row's bits do not depend on which other rows or heads share the work.
+ * Softmax runs in blocks that start at multiples of 512 positions, each on its own; the blocks of a span of 1,024 are
+ * merged in order, and then the spans. So a row's bits do not depend on which other rows, heads or threads share the work.
  */
 
 typedef struct { uint8_t *keys, *key_scales, *values, *value_scales; } K(kv_page);
 
+/* Bytes of a stored key's or value's dimension, scales apart. */
+static INLINE int32_t K(value_bytes)(int32_t type) { return type == TYPE_Q8_0 ? 1 : type == TYPE_F32 ? 4 : 2; }
 static inline int64_t K(scale_count)(int32_t type, int32_t dim) { return type == TYPE_Q8_0 ? (dim + 31) / 32 : 0; }
 
 static inline K(kv_page)
     K(page_of)(const context *c, const op *o, const batch_sequence *s, int32_t position, int32_t head) {
     const kv_layer *l = &c->kv[o->kv_layer];
     const int32_t page = c->pages[(l->local ? s->local_pages : s->global_pages) + (uint32_t)(position / PAGE)];
-    const int64_t value = l->type == TYPE_Q8_0 ? 1 : l->type == TYPE_F32 ? 4 : 2;
+    const int64_t value = K(value_bytes)(l->type);
     const int64_t keys = PAGE * l->key_dim * value, key_scales = PAGE * 2 * K(scale_count)(l->type, l->key_dim);
     const int64_t values = PAGE * l->head_dim * value;
     uint8_t *at = (uint8_t *)(uintptr_t)l->pages + page * l->page_bytes + head * (l->page_bytes / l->kv_heads);
@@ -64,7 +66,7 @@ static void K(store_kv)(const op *o, const context *c, int32_t row) {
     const kv_layer *l = &c->kv[o->kv_layer];
     if (info->flags & ROW_NO_STORE) return;
     const int32_t in_page = info->position % PAGE, sub = in_page / LANES, lane = in_page % LANES;
-    const int64_t value = l->type == TYPE_Q8_0 ? 1 : l->type == TYPE_F32 ? 4 : 2;
+    const int64_t value = K(value_bytes)(l->type);
     for (int32_t h = 0; h < o->kv_heads; h++) {
         const K(kv_page) p = K(page_of)(c, o, &c->sequences[info->sequence], info->position, h);
         const float *k = (const float *)buffer_row(c, o->in[0], row) + h * o->head_dim;
@@ -83,6 +85,8 @@ static void K(store_kv)(const op *o, const context *c, int32_t row) {
                       p.value_scales + 2 * in_page * value_scales, 1);
     }
 }
+
+enum { AHEAD_OF_KEYS = 4096 }; /* bytes */
 
 /* -- Attend --------------------------------------------------------------------------------------- */
 
@@ -114,31 +118,41 @@ static INLINE float K(scale_at)(const uint8_t *scales, int64_t index) {
     return K(half)(h);
 }
 
-/* Scores of `n` query rows against 16 positions' stored keys. */
-static INLINE void K(score_keys)(const K(attention) *a, K(kv_page) p, int sub, const int n, const int type, vf *sum) {
-    const int32_t dim = a->l->key_dim;
-    const uint8_t *keys = p.keys + (int64_t)sub * dim * LANES * (type == TYPE_Q8_0 ? 1 : type == TYPE_F32 ? 4 : 2);
-    if (type == TYPE_Q8_0) {
-        const f16 *scales = (const f16 *)p.key_scales + sub * K(scale_count)(type, dim) * LANES;
-        for (int32_t g = 0; g < dim; g += 32) {
-            vf part[ATTEND_ROWS];
-#pragma GCC unroll 8
-            for (int r = 0; r < n; r++) part[r] = K(zero)();
-            for (int32_t i = g; i < dim && i < g + 32; i++) {
-                const vf key = K(load_kv)(keys, i * LANES, type);
-#pragma GCC unroll 8
-                for (int r = 0; r < n; r++) part[r] = K(fma)(K(set1)(a->key_query[r * dim + i]), key, part[r]);
+enum { SIDES = TILE_TOKENS > LANES / 2 ? 2 : 1 }; /* sixteens of positions scored together, where registers allow */
+
+/* Scores of `n` query rows against `sides` times 16 positions' stored keys: sum[side * n + row]. */
+static INLINE void K(score_keys)(const K(attention) *a, K(kv_page) p, int sub, const int sides, const int n,
+                                 const int type, vf *sum) {
+    const int32_t dim = a->l->key_dim, value = K(value_bytes)(type);
+    const uint8_t *keys = p.keys + (int64_t)sub * dim * LANES * value;
+    const int64_t group = type == TYPE_Q8_0 ? 32 : dim, counted = K(scale_count)(type, dim);
+    const f16 *scales = (const f16 *)p.key_scales + sub * counted * LANES;
+    for (int32_t g = 0; g < dim; g += group) {
+        vf part[2 * ATTEND_ROWS];
+#pragma GCC unroll 16
+        for (int r = 0; r < sides * n; r++) part[r] = K(zero)();
+        for (int32_t i = g; i < dim && i < g + group; i++) {
+            vf key[2];
+#pragma GCC unroll 2
+            for (int side = 0; side < sides; side++) {
+                const int64_t at = ((int64_t)side * dim + i) * LANES;
+                key[side] = K(load_kv)(keys, at, type);
+                K(prefetch)(keys + at * value + AHEAD_OF_KEYS);
             }
-            const vf scale = K(load_f16)(scales + g / 32 * LANES);
 #pragma GCC unroll 8
-            for (int r = 0; r < n; r++) sum[r] = K(fma)(part[r], scale, sum[r]);
+            for (int r = 0; r < n; r++) {
+                const vf q = K(set1)(a->key_query[r * dim + i]);
+#pragma GCC unroll 2
+                for (int side = 0; side < sides; side++) part[side * n + r] = K(fma)(q, key[side], part[side * n + r]);
+            }
         }
-        return;
-    }
-    for (int32_t i = 0; i < dim; i++) {
-        const vf key = K(load_kv)(keys, i * LANES, type);
+#pragma GCC unroll 2
+        for (int side = 0; side < sides; side++) {
+            const vf scale = type == TYPE_Q8_0 ? K(load_f16)(scales + (side * counted + g / 32) * LANES) : K(zero)();
 #pragma GCC unroll 8
-        for (int r = 0; r < n; r++) sum[r] = K(fma)(K(set1)(a->key_query[r * dim + i]), key, sum[r]);
+            for (int r = side * n; r < (side + 1) * n; r++)
+                sum[r] = type == TYPE_Q8_0 ? K(fma)(part[r], scale, sum[r]) : part[r];
+        }
     }
 }
 
@@ -167,42 +181,65 @@ static INLINE void K(score_values)(const K(attention) *a, K(kv_page) p, int sub,
     }
 }
 
-/* part = sum over positions of score times value. */
+/* part = sum over positions of score times value. A page at a time, so that memory is read in order, and the one after
+ * it is fetched meanwhile. */
 static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int32_t begin, int32_t end, const int n,
                                    const int type) {
-    const int32_t dim = a->l->head_dim, base = begin / ATTEND_BLOCK * ATTEND_BLOCK;
     enum { WIDE = 2 };
-    for (int32_t i = 0; i < dim; i += WIDE * LANES) {
-        const int wide = dim - i >= WIDE * LANES ? WIDE : 1;
-        vf sum[ATTEND_ROWS][WIDE];
+    const int32_t dim = a->l->head_dim, base = begin / ATTEND_BLOCK * ATTEND_BLOCK;
+    const int64_t size = K(value_bytes)(type), each = dim * size;
+    const int64_t each_scale = 2 * K(scale_count)(type, dim);
+    K(kv_page) next = K(page_of)(c, a->o, a->sequence, begin, a->kv_head);
+    for (int32_t first = begin; first <= end; first = (first / PAGE + 1) * PAGE) {
+        const K(kv_page) p = next;
+        const int32_t after = (first / PAGE + 1) * PAGE, stop = after <= end ? after : end + 1;
+        if (after <= end) next = K(page_of)(c, a->o, a->sequence, after, a->kv_head);
+        const int64_t ahead = next.values - p.values;
+        for (int32_t i = 0; i < dim; i += WIDE * LANES) {
+            const int wide = dim - i >= WIDE * LANES ? WIDE : 1;
+            const uint8_t *value = p.values + first % PAGE * each + i * size;
+            const uint8_t *scale = p.value_scales + first % PAGE * each_scale + 2 * (i / 32);
+            const float *weights = a->scores + first - base;
+            vf sum[ATTEND_ROWS][WIDE];
 #pragma GCC unroll 8
-        for (int r = 0; r < n; r++) sum[r][0] = sum[r][1] = K(zero)();
-        for (int32_t at = begin; at <= end;) {
-            const K(kv_page) p = K(page_of)(c, a->o, a->sequence, at, a->kv_head);
-            const int32_t stop = (at / PAGE + 1) * PAGE - 1 < end ? (at / PAGE + 1) * PAGE - 1 : end;
-            for (; at <= stop; at++) {
-                const int64_t index = (int64_t)(at % PAGE) * dim + i;
-                vf low = K(load_kv)(p.values, index, type),
-                   high = wide == 2 ? K(load_kv)(p.values, index + LANES, type) : low;
+            for (int r = 0; r < n; r++) {
+                const float *part = a->part + r * dim + i;
+                sum[r][0] = first == begin ? K(zero)() : K(load)(part);
+                sum[r][1] = first == begin || wide == 1 ? K(zero)() : K(load)(part + LANES);
+            }
+            for (int32_t at = first; at < stop; at++, value += each, scale += each_scale, weights++) {
+                vf low = K(load_kv)(value, 0, type), high = wide == 2 ? K(load_kv)(value, LANES, type) : low;
+                K(prefetch)(value + ahead);
+                if (type == TYPE_F32) K(prefetch)(value + ahead + 64);
                 if (type == TYPE_Q8_0) {
-                    const int64_t scale = at % PAGE * K(scale_count)(type, dim);
-                    low = K(mul)(low, K(set1)(K(scale_at)(p.value_scales, scale + i / 32)));
-                    high = K(mul)(high, K(set1)(K(scale_at)(p.value_scales, scale + (i + (wide - 1) * LANES) / 32)));
+                    low = K(mul)(low, K(set1)(K(scale_at)(scale, 0)));
+                    high = K(mul)(high, K(set1)(K(scale_at)(scale, (wide - 1) * LANES / 32)));
                 }
 #pragma GCC unroll 8
                 for (int r = 0; r < n; r++) {
-                    const vf weight = K(set1)(a->scores[r * ATTEND_BLOCK + at - base]);
+                    const vf weight = K(set1)(weights[r * ATTEND_BLOCK]);
                     sum[r][0] = K(fma)(weight, low, sum[r][0]);
                     sum[r][1] = K(fma)(weight, high, sum[r][1]);
                 }
             }
-        }
 #pragma GCC unroll 8
-        for (int r = 0; r < n; r++) {
-            K(store)(a->part + r * dim + i, sum[r][0]);
-            if (wide == 2) K(store)(a->part + r * dim + i + LANES, sum[r][1]);
+            for (int r = 0; r < n; r++) {
+                K(store)(a->part + r * dim + i, sum[r][0]);
+                if (wide == 2) K(store)(a->part + r * dim + i + LANES, sum[r][1]);
+            }
         }
     }
+}
+
+/* What a row has seen so far, {out, top, sum}, and what it sees behind that; a sum of 0 is nothing. */
+static inline void K(merge)(float *out, float *top, float *sum, const float *part, float its_top, float its_sum,
+                            int32_t dim) {
+    if (its_sum == 0) return;
+    const float most = *top > its_top ? *top : its_top;
+    const float before = *sum == 0 ? 0 : K(exponential)(*top - most), now = K(exponential)(its_top - most);
+    for (int32_t i = 0; i < dim; i++) out[i] = out[i] * before + part[i] * now;
+    *sum = *sum * before + its_sum * now;
+    *top = most;
 }
 
 /* Positions begin ... end, all of one block: scores, softmax, values, merged into what came before. */
@@ -210,24 +247,33 @@ static INLINE void K(attend_block)(K(attention) *a, const context *c, int32_t be
                                    const int type) {
     const int32_t base = begin / ATTEND_BLOCK * ATTEND_BLOCK, dim = a->l->head_dim;
     const int32_t low = (begin - base) / LANES * LANES, high = ((end - base) / LANES + 1) * LANES;
-    for (int32_t at = low; at < high; at += LANES) {
+    for (int32_t at = low; at < high;) {
         const K(kv_page) p = K(page_of)(c, a->o, a->sequence, base + at, a->kv_head);
         const int sub = (base + at) % PAGE / LANES;
-        vf sum[ATTEND_ROWS];
+        const int two = SIDES == 2 && at + LANES < high && sub + 1 < PAGE / LANES;
+        vf sum[2 * ATTEND_ROWS];
+#pragma GCC unroll 16
+        for (int r = 0; r < 2 * n; r++) sum[r] = K(zero)();
+        if (two) K(score_keys)(a, p, sub, 2, n, type, sum);
+        else K(score_keys)(a, p, sub, 1, n, type, sum);
+        for (int side = 0; side < 1 + two; side++, at += LANES) {
 #pragma GCC unroll 8
-        for (int r = 0; r < n; r++) sum[r] = K(zero)();
-        K(score_keys)(a, p, sub, n, type, sum);
-#pragma GCC unroll 8
-        for (int r = 0; r < n; r++) K(store)(a->scores + r * ATTEND_BLOCK + at, sum[r]);
-        if (a->o->from_values) K(score_values)(a, p, sub, n, type, a->scores + at);
+            for (int r = 0; r < n; r++) K(store)(a->scores + r * ATTEND_BLOCK + at, sum[side * n + r]);
+            if (a->o->from_values) K(score_values)(a, p, sub + side, n, type, a->scores + at);
+        }
     }
     float top[ATTEND_ROWS], sum[ATTEND_ROWS];
     for (int r = 0; r < n; r++) {
         float *s = a->scores + r * ATTEND_BLOCK, lanes[LANES] = {0};
-        for (int32_t at = low; at < high; at++)
-            if (base + at < a->first[r] || base + at > a->last[r]) s[at] = -INFINITY;
+        for (int32_t at = low; at < high && base + at < a->first[r]; at++) s[at] = -INFINITY;
+        for (int32_t at = high; at-- > low && base + at > a->last[r];) s[at] = -INFINITY;
+        float tops[LANES];
+        for (int j = 0; j < LANES; j++) tops[j] = -INFINITY;
+        for (int32_t at = low; at < high; at += LANES)
+            for (int j = 0; j < LANES; j++)
+                tops[j] = s[at + j] > tops[j] || s[at + j] != s[at + j] ? s[at + j] : tops[j];
         top[r] = -INFINITY;
-        for (int32_t at = low; at < high; at++) top[r] = s[at] > top[r] || s[at] != s[at] ? s[at] : top[r];
+        for (int j = 0; j < LANES; j++) top[r] = tops[j] > top[r] || tops[j] != tops[j] ? tops[j] : top[r];
         if (top[r] == -INFINITY) { /* nothing of this block is this row's to see */
             for (int32_t at = low; at < high; at++) s[at] = 0;
             sum[r] = 0;
@@ -241,16 +287,8 @@ static INLINE void K(attend_block)(K(attention) *a, const context *c, int32_t be
         sum[r] = K(sum16)(lanes);
     }
     K(weigh_values)(a, c, begin, end, n, type);
-    for (int r = 0; r < n; r++) {
-        if (sum[r] == 0) continue;
-        float *out = a->out + r * dim;
-        const float *part = a->part + r * dim;
-        const float most = a->top[r] > top[r] ? a->top[r] : top[r];
-        const float before = a->sum[r] == 0 ? 0 : K(exponential)(a->top[r] - most), now = K(exponential)(top[r] - most);
-        for (int32_t i = 0; i < dim; i++) out[i] = out[i] * before + part[i] * now;
-        a->sum[r] = a->sum[r] * before + sum[r] * now;
-        a->top[r] = most;
-    }
+    for (int r = 0; r < n; r++)
+        K(merge)(a->out + r * dim, &a->top[r], &a->sum[r], a->part + r * dim, top[r], sum[r], dim);
 }
 
 #define BLOCKS_OF(n, type)                                                                                             \
@@ -274,46 +312,71 @@ BLOCKS_FOR(Q8_0)
 #undef BLOCKS_FOR
 #undef BLOCKS_OF
 
+/* Nothing is seen yet. */
+static void K(start)(float *out, float *top, float *sum, int32_t rows, int32_t dim) {
+    for (int32_t r = 0; r < rows; r++) {
+        top[r] = -INFINITY;
+        sum[r] = 0;
+    }
+    __builtin_memset(out, 0, (size_t)rows * (size_t)dim * sizeof(float));
+}
+static void K(attend_span)(K(attention) *a, const context *c, int32_t first, int32_t last) {
+    K(start)(a->out, a->top, a->sum, a->rows, a->l->head_dim);
+    if (a->l->type == TYPE_F32) K(blocks_F32)(a, c, first, last);
+    else if (a->l->type == TYPE_F16) K(blocks_F16)(a, c, first, last);
+    else if (a->l->type == TYPE_BF16) K(blocks_BF16)(a, c, first, last);
+    else K(blocks_Q8_0)(a, c, first, last);
+}
+static inline void K(divide)(float *y, const float *out, float sum, int32_t dim) {
+    for (int32_t i = 0; i < dim; i++) y[i] = out[i] / sum;
+}
+
+/* The query rows' heads as the keys, and where those come from values, the values, are to meet them. */
+static void K(take_query)(K(attention) *a, float *keys, float *values, int32_t n, const float *q, const float *k_norm) {
+    const op *o = a->o;
+    const int32_t dim = o->head_dim;
+    if (!o->from_values) {
+        __builtin_memcpy(keys + n * dim, q, (size_t)dim * sizeof(float));
+        return;
+    }
+    for (int32_t i = 0; i < dim; i++) values[n * dim + i] = i % (dim / 2) < o->pairs ? 0.0f : q[i] * k_norm[i];
+    __builtin_memcpy(keys + n * a->l->key_dim, q, (size_t)o->pairs * sizeof(float));
+    __builtin_memcpy(keys + n * a->l->key_dim + o->pairs, q + dim / 2, (size_t)o->pairs * sizeof(float));
+}
+
 static void K(attend)(const op *o, const context *c, int32_t chunk) {
     const attend_cut cut = attend_share(o, c);
     const kv_layer *l = &c->kv[o->kv_layer];
     const int32_t group = o->heads / o->kv_heads, dim = o->head_dim;
-    const int32_t part = chunk % cut.parts, kv_head = chunk / cut.parts % o->kv_heads;
-    const int32_t row0 = chunk / cut.parts / o->kv_heads * cut.rows;
+    const int32_t span = chunk % cut.spans, part = chunk / cut.spans % cut.parts,
+                  kv_head = chunk / cut.spans / cut.parts % o->kv_heads;
+    const int32_t row0 = chunk / cut.spans / cut.parts / o->kv_heads * cut.rows;
     const int32_t head0 = kv_head * group + part * cut.heads;
     const int32_t heads = group - part * cut.heads < cut.heads ? group - part * cut.heads : cut.heads;
     const float *k_norm = o->from_values ? (const float *)(uintptr_t)c->weights[o->weight[0]].data : NULL;
-    float *scratch = (float *)c->scratch;
-    float *keys = scratch, *values = keys + ATTEND_ROWS * MAX_HEAD_DIM;
+    enum { ALL = ATTEND_ROWS * MAX_HEAD_DIM };
+    float *keys = (float *)c->scratch, *values = keys + ALL, *total = values + ALL;
+    float tops[ATTEND_ROWS], sums[ATTEND_ROWS];
     K(attention) a = {.o = o,
                       .l = l,
                       .kv_head = kv_head,
                       .key_query = keys,
                       .value_query = values,
-                      .scores = values + ATTEND_ROWS * MAX_HEAD_DIM,
-                      .part = values + ATTEND_ROWS * (MAX_HEAD_DIM + ATTEND_BLOCK),
-                      .out = values + ATTEND_ROWS * (2 * MAX_HEAD_DIM + ATTEND_BLOCK)};
+                      .part = total + ALL,
+                      .out = total + 2 * ALL,
+                      .scores = total + 3 * ALL};
     for (int32_t row = row0; row < row0 + cut.rows && row < rows_of(o, c);) {
         const int32_t sequence = row_info(o, c, row)->sequence, begin = row;
         int32_t first = INT32_MAX, last = -1, n = 0;
         for (; row < row0 + cut.rows && row < rows_of(o, c) && row_info(o, c, row)->sequence == sequence; row++) {
-            const batch_row *info = row_info(o, c, row);
-            const int32_t reach = o->window || info->reach < info->position ? info->reach : info->position;
-            const int32_t from = o->window && info->position >= o->window ? info->position - o->window + 1 : 0;
+            const int32_t from = seen_from(o, row_info(o, c, row)), to = seen_to(o, row_info(o, c, row));
             first = from < first ? from : first;
-            last = reach > last ? reach : last;
+            last = to > last ? to : last;
             for (int32_t h = 0; h < heads; h++, n++) {
-                const float *q = (const float *)buffer_row(c, o->in[0], row) + (head0 + h) * dim;
                 a.first[n] = from;
-                a.last[n] = reach;
-                if (!o->from_values) {
-                    __builtin_memcpy(keys + n * dim, q, (size_t)dim * sizeof(float));
-                    continue;
-                }
-                for (int32_t i = 0; i < dim; i++)
-                    values[n * dim + i] = i % (dim / 2) < o->pairs ? 0.0f : q[i] * k_norm[i];
-                __builtin_memcpy(keys + n * l->key_dim, q, (size_t)o->pairs * sizeof(float));
-                __builtin_memcpy(keys + n * l->key_dim + o->pairs, q + dim / 2, (size_t)o->pairs * sizeof(float));
+                a.last[n] = to;
+                K(take_query)(&a, keys, values, n, (const float *)buffer_row(c, o->in[0], row) + (head0 + h) * dim,
+                              k_norm);
             }
         }
         a.sequence = &c->sequences[sequence];
@@ -325,18 +388,37 @@ static void K(attend)(const op *o, const context *c, int32_t chunk) {
             if (o->from_values) __builtin_memset(values + n * dim, 0, (size_t)dim * sizeof(float));
         }
         a.rows = n;
-        for (int32_t r = 0; r < n; r++) {
-            a.top[r] = -INFINITY;
-            a.sum[r] = 0;
-            __builtin_memset(a.out + r * dim, 0, (size_t)dim * sizeof(float));
+        if (cut.spans == 1) K(start)(total, tops, sums, real, dim);
+        for (int32_t at = first, number = 0; at <= last; at = (at / ATTEND_SPAN + 1) * ATTEND_SPAN, number++) {
+            const int32_t stop = (at / ATTEND_SPAN + 1) * ATTEND_SPAN - 1;
+            if (cut.spans > 1 && number != span) continue;
+            K(attend_span)(&a, c, at, stop < last ? stop : last);
+            for (int32_t r = 0; r < real; r++) {
+                if (cut.spans == 1) {
+                    K(merge)(total + r * dim, &tops[r], &sums[r], a.out + r * dim, a.top[r], a.sum[r], dim);
+                    continue;
+                }
+                float *kept = split_at(o, c, cut, begin, head0 + r, span);
+                kept[0] = a.top[r];
+                kept[1] = a.sum[r];
+                __builtin_memcpy(kept + 2, a.out + r * dim, (size_t)dim * sizeof(float));
+            }
         }
-        if (l->type == TYPE_F32) K(blocks_F32)(&a, c, first, last);
-        else if (l->type == TYPE_F16) K(blocks_F16)(&a, c, first, last);
-        else if (l->type == TYPE_BF16) K(blocks_BF16)(&a, c, first, last);
-        else K(blocks_Q8_0)(&a, c, first, last);
-        for (int32_t r = 0; r < real; r++) {
-            float *y = (float *)buffer_row(c, o->out, begin + r / heads) + (head0 + r % heads) * dim;
-            for (int32_t i = 0; i < dim; i++) y[i] = a.out[r * dim + i] / a.sum[r];
-        }
+        for (int32_t r = 0; r < real && cut.spans == 1; r++)
+            K(divide)((float *)buffer_row(c, o->out, begin + r / heads) + (head0 + r % heads) * dim, total + r * dim,
+                      sums[r], dim);
     }
+}
+
+/* Merges the spans of one head of one row, in order. */
+static void K(attend_merge)(const op *o, const context *c, int32_t chunk) {
+    const attend_cut cut = attend_share(o, c);
+    const int32_t row = chunk / o->heads, head = chunk % o->heads, dim = o->head_dim;
+    float *out = (float *)c->scratch, top, sum;
+    K(start)(out, &top, &sum, 1, dim);
+    for (int32_t span = 0; span < spans_of(o, row_info(o, c, row)); span++) {
+        const float *kept = split_at(o, c, cut, row, head, span);
+        K(merge)(out, &top, &sum, kept + 2, kept[0], kept[1], dim);
+    }
+    K(divide)((float *)buffer_row(c, o->out, row) + head * dim, out, sum, dim);
 }

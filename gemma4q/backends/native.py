@@ -24,6 +24,7 @@ WEIGHT, KV_LAYER, RESULT = dtype("weight"), dtype("kv_layer"), dtype("run_result
 MATRICES = (OpCode.MATMUL, OpCode.EMBED, OpCode.EMBED_ROWS, OpCode.EXPERTS_UP, OpCode.EXPERTS_DOWN)
 KV_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0)
 POPULATE_WRITE = 23  # madvise(2): since Linux 5.14
+SPAN = 1024  # positions: ATTEND_SPAN of csrc/kernels.h
 SPARE_ROWS = 256  # rows of a table kept beyond those of one step
 
 
@@ -57,7 +58,7 @@ class Native:
         return {
             "kv": sum(page_bytes(k, kv) * pages_of(k, limits) for k in plan.kv),
             "arena": packed.arena_bytes,
-            "scratch": lib.scratch_bytes(threads),
+            "scratch": lib.scratch_bytes(threads) + _split_bytes(plan, limits, threads),
             "rows": sum(_cache_bytes(tensors[name], limits) for name in _tables(plan)),
             "results": limits.wanted * (8 * TOP + 4),
         }
@@ -70,11 +71,19 @@ class Native:
         level = names.index(isa or isas()[0]) if (isa or isas()[0]) in names else -1
         if not lib.isa_available(level):
             raise Gemma4qError("unavailable", f"instruction set {isa} is not here: choose {', '.join(isas())}")
-        return NativeSession(_pack(plan, tensors, limits), tensors, kv, threads, level)
+        split_bytes = _split_bytes(plan, limits, threads)
+        return NativeSession(_pack(plan, tensors, limits), tensors, kv, threads, level, split_bytes)
 
 
 def _pack(plan: Plan, tensors: Mapping[str, TensorData], limits: Limits) -> Packed:
     return pack(quantize_inputs(plan, {name: t.type for name, t in tensors.items()}), limits)
+
+
+def _split_bytes(plan: Plan, limits: Limits, threads: int) -> int:
+    """What threads find that share the attention of a few rows: for each span of positions and head a vector."""
+    spans, rows = limits.global_pages * PAGE // SPAN + 1, min(limits.rows, 2 * threads - 1)
+    ops = [op.args for op in plan.ops if op.code == OpCode.ATTEND and not op.args["window"]]
+    return rows * spans * max((4 * op["heads"] * (op["head_dim"] + 2) for op in ops), default=0)
 
 
 def _tables(plan: Plan) -> list[str]:
@@ -106,10 +115,19 @@ def anonymous(count: int) -> np.ndarray:
 class NativeSession:
     """Owns pool, pages, arena and row caches; closing frees them, and the mapped weights stay the caller's."""
 
-    def __init__(self, packed: Packed, tensors: Mapping[str, TensorData], kv: TensorType, threads: int, isa: int):
+    def __init__(
+        self,
+        packed: Packed,
+        tensors: Mapping[str, TensorData],
+        kv: TensorType,
+        threads: int,
+        isa: int,
+        split_bytes: int,
+    ):
         self.packed, self.plan, self.limits, self.isa = packed, packed.plan, packed.limits, isa
         self.tensors, self.keep, self.caches, self.slots = tensors, [], [], []
-        self.arena, self.scratch = anonymous(packed.arena_bytes), anonymous(lib.scratch_bytes(threads))
+        self.arena, self.scratch = anonymous(packed.arena_bytes), anonymous(lib.scratch_bytes(threads) + split_bytes)
+        split = self.scratch.ctypes.data + lib.scratch_bytes(threads)
         self.pool = ffi.gc(lib.pool_new(threads), lib.pool_free)
         layers = self._kv_layers(kv)
         weights = np.array([self._weight(i) for i in range(len(packed.weights))], WEIGHT)
@@ -122,6 +140,7 @@ class NativeSession:
             ffi.cast("buffer *", packed.buffers.ctypes.data), len(packed.buffers),
             ffi.cast("weight *", weights.ctypes.data), len(weights),
             ffi.cast("kv_layer *", layers.ctypes.data), len(layers), address(self.arena), address(self.scratch),
+            ffi.cast("float *", split), split_bytes,
         )  # fmt: skip
         if self.session == ffi.NULL or self.pool == ffi.NULL:
             raise Gemma4qError("out_of_memory", "no memory for the executor")
