@@ -1,4 +1,5 @@
 #define ISA avx2
 #define SIMD "../simd/avx2.h"
 #define TILE_TOKENS 4
+#define SIDE_TOKENS 1
 #include "all.h"

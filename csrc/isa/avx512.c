@@ -1,4 +1,5 @@
 #define ISA avx512
 #define SIMD "../simd/avx512.h"
 #define TILE_TOKENS 12
+#define SIDE_TOKENS 4
 #include "all.h"

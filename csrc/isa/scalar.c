@@ -1,4 +1,5 @@
 #define ISA scalar
 #define SIMD "../simd/scalar.h"
 #define TILE_TOKENS 4
+#define SIDE_TOKENS 1
 #include "all.h"

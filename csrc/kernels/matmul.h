@@ -29,32 +29,40 @@ static INLINE void K(tile_floats)(const int tokens, panel p, const float *const 
     for (int t = 0; t < tokens; t++) K(store)(y[t], sum[t]);
 }
 
+/* SIDE_TOKENS share each line of the panel while it is in a register. */
 static INLINE void K(tile_groups)(const int tokens, const int group, const int bias, const int most, const int minima,
                                   panel p, const block_a8 *const *x, float *const *y, int64_t k0, int64_t cols) {
+    enum { SIDE = SIDE_TOKENS };
+    const int side = tokens % SIDE ? 1 : SIDE, halves = 32 / group;
     vf sum[12];
 #pragma GCC unroll 12
     for (int t = 0; t < tokens; t++) sum[t] = k0 ? K(load)(y[t]) : K(zero)();
     for (int64_t b = 0; b < cols / 32; b++) {
-        const uint8_t *w = p.q + b * 32 * LANES;
-        const float *scale = p.scale + b * (32 / group) * LANES, *minimum = p.minimum + b * (32 / group) * LANES;
-#pragma GCC unroll 12
-        for (int t = 0; t < tokens; t++) {
-            const block_a8 *a = x[t] + k0 / 32 + b;
-            const vf d = K(set1)(a->d);
-            if (group == 32) {
-                const vi dot = K(dot)(w, a->qs, 8, bias, most, a->minus_sum);
-                sum[t] = K(fma)(K(to_float)(dot), K(mul)(K(load)(scale), d), sum[t]);
-                if (minima) sum[t] = K(fma)(K(load)(minimum), K(set1)(a->dsum), sum[t]);
-            } else {
-                const int32_t half[2] = {a->minus_half, a->minus_sum - a->minus_half};
 #pragma GCC unroll 2
-                for (int h = 0; h < 2; h++) {
-                    const vi dot = K(dot)(w + 16 * LANES * h, a->qs + 16 * h, 4, bias, most, half[h]);
-                    sum[t] = K(fma)(K(to_float)(dot), K(mul)(K(load)(scale + LANES * h), d), sum[t]);
-                    if (minima) {
-                        const vf dsum = K(set1)(a->d * (float)-half[h]);
-                        sum[t] = K(fma)(K(load)(minimum + LANES * h), dsum, sum[t]);
-                    }
+        for (int h = 0; h < halves; h++) {
+            const int64_t g = b * halves + h;
+            const uint8_t *w = p.q + g * group * LANES;
+            const float *scale = p.scale + g * LANES, *minimum = p.minimum + g * LANES;
+#pragma GCC unroll 12
+            for (int t0 = 0; t0 < tokens; t0 += side) {
+                const block_a8 *a[SIDE];
+                const int8_t *q[SIDE];
+                int32_t minus[SIDE];
+                vi dot[SIDE];
+#pragma GCC unroll 4
+                for (int t = 0; t < side; t++) {
+                    a[t] = x[t0 + t] + k0 / 32 + b;
+                    q[t] = a[t]->qs + group * h;
+                    minus[t] = K(minus)(a[t], group, h);
+                }
+                K(dots)(side, w, q, group / 4, bias, most, minus, dot);
+#pragma GCC unroll 4
+                for (int t = 0; t < side; t++) {
+                    vf *total = &sum[t0 + t];
+                    *total = K(fma)(K(to_float)(dot[t]), K(mul)(K(load)(scale), K(set1)(a[t]->d)), *total);
+                    if (!minima) continue;
+                    const float dsum = group == 32 ? a[t]->dsum : a[t]->d * (float)-minus[t];
+                    *total = K(fma)(K(load)(minimum), K(set1)(dsum), *total);
                 }
             }
         }

@@ -47,17 +47,25 @@ static INLINE __m256i K(dot8)(const uint8_t *w, const int8_t *x, int dwords, int
         for (int i = 0; i < together; i++) {
             int32_t quad;
             __builtin_memcpy(&quad, x + 4 * (j + i), 4);
-            const __m256i line = _mm256_loadu_si256((const __m256i *)(w + 64 * (j + i)));
+            __m256i line = _mm256_loadu_si256((const __m256i *)(w + 64 * (j + i)));
+            /* Or lines made signed are kept for the next token, on the stack. */
+            if (most > 127) __asm__ volatile("" : "+x"(line));
             pairs = _mm256_add_epi16(pairs, K(pairs)(line, _mm256_set1_epi32(quad), most));
         }
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
     }
     return sum;
 }
-static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias, int most, int32_t minus_sum) {
-    /* A full byte is made signed in pairs(): no bias is left. */
-    const __m256i start = _mm256_set1_epi32(most <= 127 ? bias * minus_sum : 0);
-    return (vi){K(dot8)(w, x, dwords, most, start), K(dot8)(w + 32, x, dwords, most, start)};
+/* Sixteen rows' dot products of `dwords` x 4 unsigned weights with the same signed activations, of each of `n` tokens
+ * from bias * minus_sum on. */
+static INLINE void K(dots)(const int n, const uint8_t *w, const int8_t *const *x, int dwords, int bias, int most,
+                           const int32_t *minus_sum, vi *sum) {
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++) {
+        /* A full byte is made signed in pairs(): no bias is left. */
+        const __m256i start = _mm256_set1_epi32(most <= 127 ? bias * minus_sum[t] : 0);
+        sum[t] = (vi){K(dot8)(w, x[t], dwords, most, start), K(dot8)(w + 32, x[t], dwords, most, start)};
+    }
 }
 
 static INLINE vi K(none)(void) { return (vi){_mm256_setzero_si256(), _mm256_setzero_si256()}; }

@@ -19,17 +19,25 @@ static INLINE vf K(load_i8)(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 
-/* Sixteen rows' dot products of `dwords` x 4 unsigned weights with the same signed activations, from bias * minus_sum on. */
-static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias, int most, int32_t minus_sum) {
+/* Sixteen rows' dot products of `dwords` x 4 unsigned weights with the same signed activations, of each of `n` tokens
+ * from bias * minus_sum on. */
+static INLINE void K(dots)(const int n, const uint8_t *w, const int8_t *const *x, int dwords, int bias, int most,
+                           const int32_t *minus_sum, vi *sum) {
     (void)most;
-    vi sum = bias ? _mm512_slli_epi32(_mm512_set1_epi32(minus_sum), __builtin_ctz(bias | 256)) : _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++)
+        sum[t] = bias ? _mm512_slli_epi32(_mm512_set1_epi32(minus_sum[t]), __builtin_ctz(bias | 256))
+                      : _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int j = 0; j < dwords; j++) {
-        int32_t quad;
-        __builtin_memcpy(&quad, x + 4 * j, 4);
-        sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(w + 64 * j), _mm512_set1_epi32(quad));
+        const vi line = _mm512_load_si512(w + 64 * j);
+#pragma GCC unroll 4
+        for (int t = 0; t < n; t++) {
+            int32_t quad;
+            __builtin_memcpy(&quad, x[t] + 4 * j, 4);
+            sum[t] = _mm512_dpbusd_epi32(sum[t], line, _mm512_set1_epi32(quad));
+        }
     }
-    return sum;
 }
 
 static INLINE vi K(none)(void) { return _mm512_setzero_si512(); }

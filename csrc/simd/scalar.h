@@ -50,13 +50,14 @@ static INLINE vf K(load_i8)(const int8_t *p) {
     EACH r.v[i] = (float)p[i];
     return r;
 }
-static INLINE vi K(dot)(const uint8_t *w, const int8_t *x, int dwords, int bias, int most, int32_t minus_sum) {
+static INLINE void K(dots)(const int n, const uint8_t *w, const int8_t *const *x, int dwords, int bias, int most,
+                           const int32_t *minus_sum, vi *sum) {
     (void)most;
-    vi sum;
-    EACH sum.v[i] = bias * minus_sum;
-    for (int j = 0; j < dwords; j++)
-        EACH for (int k = 0; k < 4; k++) sum.v[i] += (int32_t)w[64 * j + 4 * i + k] * (int32_t)x[4 * j + k];
-    return sum;
+    for (int t = 0; t < n; t++) {
+        EACH sum[t].v[i] = bias * minus_sum[t];
+        for (int j = 0; j < dwords; j++)
+            EACH for (int k = 0; k < 4; k++) sum[t].v[i] += (int32_t)w[64 * j + 4 * i + k] * (int32_t)x[t][4 * j + k];
+    }
 }
 static INLINE vi K(none)(void) { return (vi){{0}}; }
 
