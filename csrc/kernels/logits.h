@@ -18,6 +18,29 @@ static inline void K(keep)(int32_t *ids, float *values, int32_t *count, int32_t 
     ids[at] = id;
 }
 
+/* The largest of n values; `finite` becomes NaN if one of them is not. */
+static inline float K(largest)(const float *x, int32_t n, float *finite) {
+    float tops[16], zeros[16] = {0};
+    for (int j = 0; j < 16; j++) tops[j] = -INFINITY;
+    for (int32_t i = 0; i < n / 16 * 16; i += 16)
+        for (int j = 0; j < 16; j++) {
+            tops[j] = x[i + j] > tops[j] ? x[i + j] : tops[j];
+            zeros[j] += x[i + j] * 0.0f;
+        }
+    for (int32_t i = n / 16 * 16; i < n; i++) {
+        tops[i % 16] = x[i] > tops[i % 16] ? x[i] : tops[i % 16];
+        zeros[i % 16] += x[i] * 0.0f;
+    }
+    for (int j = 1; j < 16; j++) tops[0] = tops[j] > tops[0] ? tops[j] : tops[0];
+    *finite = K(sum16)(zeros);
+    return tops[0];
+}
+static inline int K(any_above)(const float x[16], float least) {
+    int32_t above = 0;
+    for (int j = 0; j < 16; j++) above |= x[j] > least;
+    return above;
+}
+
 static void K(top_part)(const op *o, const context *c, int32_t chunk) {
     const int32_t vocab = c->buffers[o->in[0]].width, pieces = (vocab + o->size - 1) / o->size;
     const int32_t row = chunk / pieces, piece = chunk % pieces, first = piece * o->size;
@@ -25,9 +48,8 @@ static void K(top_part)(const op *o, const context *c, int32_t chunk) {
     const float *logits = (const float *)buffer_row(c, o->in[0], row) + first;
     float *out = (float *)buffer_row(c, o->out, row) + (int64_t)piece * record, *x = (float *)c->scratch;
     int32_t *ids = (int32_t *)(out + 4), count = 0;
-    float *values = out + 4 + o->used, lanes[16] = {0}, top = -INFINITY, finite = 0;
-    for (int32_t i = 0; i < n; i++) top = logits[i] > top ? logits[i] : top;
-    for (int32_t i = 0; i < n; i++) finite += logits[i] * 0.0f;
+    float *values = out + 4 + o->used, lanes[16] = {0}, finite = 0;
+    const float top = K(largest)(logits, n, &finite);
     for (int32_t i = 0; i < n / 16 * 16; i += 16)
         for (int j = 0; j < 16; j++) lanes[j] += K(exponential)(logits[i + j] - top);
     for (int32_t i = n / 16 * 16; i < n; i++) lanes[i % 16] += K(exponential)(logits[i] - top);
@@ -49,9 +71,14 @@ static void K(top_part)(const op *o, const context *c, int32_t chunk) {
             for (int32_t i = 0; i < n; i++)
                 if (!(mask[(first + i) / 32] >> (first + i) % 32 & 1)) x[i] = -INFINITY;
         }
-        for (int32_t i = 0; i < n; i++)
-            if (x[i] > -INFINITY && (count < o->used || x[i] > values[o->used - 1]))
-                K(keep)(ids, values, &count, o->used, first + i, x[i]);
+        for (int32_t i = 0; i < n; i += 16) {
+            const float least = count < o->used ? -INFINITY : values[o->used - 1];
+            const int32_t stop = n - i < 16 ? n : i + 16;
+            if (stop == i + 16 && !K(any_above)(x + i, least)) continue;
+            for (int32_t j = i; j < stop; j++)
+                if (x[j] > -INFINITY && (count < o->used || x[j] > values[o->used - 1]))
+                    K(keep)(ids, values, &count, o->used, first + j, x[j]);
+        }
     }
     out[3] = (float)count;
 }

@@ -101,18 +101,48 @@ TILES(floats, FLOAT_TILE)
 typedef struct {
     void (*unpack)(const uint8_t *, int64_t, int, int64_t, panel, const uint8_t *);
     void (*tiles)(panel, const void *const *, float *const *, int64_t, int64_t, int64_t);
-    void (*one)(const uint8_t *, int64_t, int, int64_t, const void *, float *, const uint8_t *);
+    void (*few[4])(const uint8_t *, int64_t, int, int64_t, const void *const *, float *const *, const uint8_t *);
 } K(matmul_kernel);
 
+#define FEW_OF(name) {K(few1_##name), K(few2_##name), K(few4_##name), K(few8_##name)}
 static const K(matmul_kernel) K(matmul_kernels)[TYPE_COUNT] = {
-    [TYPE_F32] = {K(unpack_f32), K(tiles_floats), K(one_f32)},
-    [TYPE_F16] = {K(unpack_f16), K(tiles_floats), K(one_f16)},
-    [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats), K(one_bf16)},
+    [TYPE_F32] = {K(unpack_f32), K(tiles_floats), FEW_OF(f32)},
+    [TYPE_F16] = {K(unpack_f16), K(tiles_floats), FEW_OF(f16)},
+    [TYPE_BF16] = {K(unpack_bf16), K(tiles_floats), FEW_OF(bf16)},
 #define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
-    [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name), K(one_##name)},
+    [TYPE_##NAME] = {K(unpack_##name), K(tiles_##name), FEW_OF(name)},
 #include "../quants.def"
 #undef QUANT
 };
+#undef FEW_OF
+
+/* From a panel's rows to those prefetched meanwhile. */
+static INLINE int64_t K(ahead)(int64_t stride) {
+    return (LEAD_BYTES + LANES * stride - 1) / (LANES * stride) * (LANES * stride);
+}
+
+/* Weight rows first ... first + rows against at most FEW_TOKENS tokens, whose sums stay in registers; the last repeats up
+ * to a power of two. */
+static void K(matmul_few)(const weight *w, int64_t first, int64_t rows, const void *const *x, float *const *y,
+                          int tokens) {
+    const K(matmul_kernel) kernel = K(matmul_kernels)[w->type];
+    const int64_t stride = row_bytes(w->type, w->cols), ahead = K(ahead)(stride);
+    const uint8_t *base = (const uint8_t *)(uintptr_t)w->data + first * stride;
+    const void *token[FEW_TOKENS];
+    float spare[FEW_TOKENS][LANES], *to[FEW_TOKENS];
+    int power = 0;
+    while (1 << power < tokens) power++;
+    const int count = 1 << power;
+    for (int t = 0; t < count; t++) token[t] = x[t < tokens ? t : tokens - 1];
+    for (int64_t r = 0; r < rows; r += LANES) {
+        const int valid = rows - r < LANES ? (int)(rows - r) : LANES;
+        for (int t = 0; t < count; t++) to[t] = valid == LANES && t < tokens ? y[t] + r : spare[t];
+        const uint8_t *at = base + r * stride;
+        kernel.few[power](at, stride, valid, w->cols, token, to, at + ahead);
+        for (int t = 0; valid < LANES && t < tokens; t++)
+            __builtin_memcpy(y[t] + r, spare[t], (size_t)valid * sizeof(float));
+    }
+}
 
 /* Weight rows first ... first + rows (at most STRETCH_ROWS) against `tokens` rows x; y[t] points at the first result. */
 static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, const void *const *x, float *const *y,
@@ -120,14 +150,9 @@ static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, cons
     const K(matmul_kernel) kernel = K(matmul_kernels)[w->type];
     const int64_t stride = row_bytes(w->type, w->cols), most = K(stretch_cols)(w->type, tokens);
     const uint8_t *base = (const uint8_t *)(uintptr_t)w->data + first * stride;
-    const int64_t ahead = (LEAD_BYTES + LANES * stride - 1) / (LANES * stride) * (LANES * stride);
-    if (tokens == 1) {
-        for (int64_t r = 0; r < rows; r += LANES) {
-            const int valid = rows - r < LANES ? (int)(rows - r) : LANES;
-            float last[LANES], *to = valid == LANES ? y[0] + r : last;
-            kernel.one(base + r * stride, stride, valid, w->cols, x[0], to, base + r * stride + ahead);
-            if (valid < LANES) __builtin_memcpy(y[0] + r, last, (size_t)valid * sizeof(float));
-        }
+    const int64_t ahead = K(ahead)(stride);
+    if (tokens <= FEW_TOKENS) {
+        K(matmul_few)(w, first, rows, x, y, (int)tokens);
         return;
     }
     const int together = tokens > LANES ? STRETCH_ROWS / LANES : 1;

@@ -1,9 +1,10 @@
-/* Sixteen rows of a matrix, straight from the mapped blocks: into a panel, each lane a row, or against one token.
+/* Sixteen rows of a matrix, straight from the mapped blocks: into a panel, each lane a row, or against a few tokens.
  *
  * A format says, a piece of its columns at a time, how the bytes of a square, sixteen of each row, are split into q.
- * That is the same whether the square was turned first, so that each lane has a row's dword (a panel), or not (one
- * token: dots of four rows a register, which are exact, and folded to a lane a row). Rows that do not exist repeat row 0.
- * Of `next`, a later sixteen rows and so one contiguous region, a share is prefetched with each square.
+ * That is the same whether the square was turned first, so that each lane has a row's dword (a panel, or tokens that meet
+ * its lines in registers), or not (one token: dots of four rows a register, which are exact, and folded to a lane a row).
+ * Rows that do not exist repeat row 0. Of `next`, a later sixteen rows and so one contiguous region, a share is
+ * prefetched with each square.
  */
 
 enum {
@@ -77,10 +78,11 @@ static INLINE void K(transpose)(const float *rows, float *lines, int count) {
 
 /* Where a piece's squares go, columns counted from its first; and what is prefetched meanwhile. */
 typedef struct {
-    uint8_t *q;             /* a panel's, */
-    const block_a8 *x;      /* or one token's */
-    vi *sum;                /* exact dots, one a group; NULL: a panel */
-    vi *part;               /* [4] dots of four bytes, of a group of which not all came */
+    uint8_t *q;               /* a panel's, */
+    const block_a8 *const *x; /* or `tokens` tokens', */
+    vi *sum;                  /* [groups][tokens] exact dots; NULL: a panel */
+    vi *part;                 /* [4] dots of four bytes, of one token's group of which not all came */
+    int tokens;
     float *scale, *minimum; /* of the step's groups */
     int group, bias, most;
     const uint8_t *next;
@@ -88,7 +90,7 @@ typedef struct {
 } K(sink);
 
 static INLINE K(square) K(take)(const K(sink) *s, K(rows) *r, int64_t at) {
-    return s->sum ? K(load_square)(r, at) : K(turned)(r, at);
+    return s->tokens == 1 ? K(load_square)(r, at) : K(turned)(r, at);
 }
 /* Minus the sum of a group's activations. */
 static INLINE int32_t K(minus)(const block_a8 *a, int group, int half) {
@@ -103,12 +105,21 @@ static INLINE void K(emit)(K(sink) *s, int column, K(square) v) {
         FOUR K(store_line)(s->q + column * LANES + i * 64, v.i[i]);
         return;
     }
-    const block_a8 *a = s->x + column / 32;
-    const int half = column / 16 % 2;
-    FOUR s->part[i] =
-        K(dot_square)(s->group == 32 && half ? s->part[i] : K(none)(), v.i[i], a->qs + 16 * half, s->most);
-    if (s->group == 32 && !half) return;
-    s->sum[column / s->group] = K(fold)(s->part, s->most, s->bias * K(minus)(a, s->group, half));
+    const int half = column / 16 % 2, fresh = s->group == 16 || !half;
+    if (s->tokens == 1) {
+        const block_a8 *a = s->x[0] + column / 32;
+        FOUR s->part[i] = K(dot_square)(fresh ? K(none)() : s->part[i], v.i[i], a->qs + 16 * half, s->most);
+        if (s->group == 16 || half)
+            s->sum[column / s->group] = K(fold)(s->part, s->most, s->bias * K(minus)(a, s->group, half));
+        return;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < s->tokens; t++) {
+        const block_a8 *a = s->x[t] + column / 32;
+        vi *sum = &s->sum[column / s->group * s->tokens + t];
+        if (fresh) *sum = K(sum_from)(s->bias, s->most, K(minus)(a, s->group, half));
+        *sum = K(dot_lines)(*sum, v.i, a->qs + 16 * half, s->most);
+    }
 }
 
 /* The rows there are, or for the last rows of a matrix a copy of `bytes` of each in which row 0 fills up the sixteen. */
@@ -142,7 +153,7 @@ static INLINE void K(scale_of_block)(const K(block_layout) f, const K(rows) *r, 
 }
 static INLINE K(square) K(fifths)(const K(sink) *s, K(square) bits, int half) {
     FOUR bits.i[i] = K(spread)(bits.i[i], half);
-    if (!s->sum) K(turn)(bits.i);
+    if (s->tokens != 1) K(turn)(bits.i);
     return bits;
 }
 static INLINE void K(piece_of_blocks)(const K(block_layout) f, K(rows) r, int k, K(sink) *s) {
@@ -309,54 +320,98 @@ PIECE_OF(q3_k) {
 #undef PIECE_OF
 #undef AT
 
-/* -- Steps put together: a panel of many columns, or the results of one token ------------------------------------------- */
+/* -- Steps put together: a panel of many columns, or the results of a few tokens --------------------------------------- */
 
-#define QUANT(name, NAME, values, group, bias, most, minima)                                                           \
+typedef void (*K(piece))(K(rows) r, int k, K(sink) *s);
+
+static INLINE void K(unpack_steps)(K(piece) piece, K(sink) s, const uint8_t *w, int64_t stride, int rows, int64_t cols,
+                                   panel p, const uint8_t *next) {
+    const int width = s.values < HALF ? s.values : HALF;
+    _Alignas(64) uint8_t spare[LANES * SPARE];
+    for (int64_t k = 0; k < cols; k += STEP) {
+        const int left = cols - k < STEP ? (int)(cols - k) : STEP;
+        const int64_t at = k / s.values * s.bytes, g = k / s.group * LANES;
+        const K(rows) r = K(sixteen)(w + at, stride, rows, left / s.values * s.bytes, spare);
+        s.scale = p.scale + g;
+        s.minimum = p.minimum + g;
+        for (int c = 0; c < left; c += width) {
+            s.next = next + at * LANES + c * s.bytes * LANES / s.values;
+            s.q = p.q + (k + c) * LANES;
+            piece(r, c, &s);
+        }
+    }
+}
+static INLINE void K(few_steps)(K(piece) piece, K(sink) s, const int minima, const uint8_t *w, int64_t stride, int rows,
+                                int64_t cols, float *const *y, const uint8_t *next) {
+    const int width = s.values < HALF ? s.values : HALF, tokens = s.tokens;
+    _Alignas(64) uint8_t spare[LANES * SPARE];
+    _Alignas(64) float scale[STEP / 16][LANES], minimum[STEP / 16][LANES];
+    vf total[FEW_TOKENS];
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) total[t] = K(zero)();
+    s.scale = scale[0];
+    s.minimum = minimum[0];
+    const block_a8 *x[FEW_TOKENS];
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) x[t] = s.x[t];
+    s.x = x;
+    for (int64_t k = 0; k < cols; k += STEP) {
+        const int left = cols - k < STEP ? (int)(cols - k) : STEP;
+        const int64_t at = k / s.values * s.bytes;
+        const K(rows) r = K(sixteen)(w + at, stride, rows, left / s.values * s.bytes, spare);
+        for (int c = 0; c < left; c += width) {
+            vi sum[HALF / 16 * FEW_TOKENS], part[4];
+            s.next = next + at * LANES + c * s.bytes * LANES / s.values;
+            s.sum = sum;
+            s.part = part;
+            piece(r, c, &s);
+#pragma GCC unroll 8
+            for (int g = 0; g < width / s.group; g++) {
+                const int n = c / s.group + g;
+#pragma GCC unroll 8
+                for (int t = 0; t < tokens; t++) {
+                    const block_a8 *a = x[t] + g * s.group / 32;
+                    const vf d = K(mul)(K(load)(scale[n]), K(set1)(a->d));
+                    total[t] = K(fma)(K(to_float)(sum[g * tokens + t]), d, total[t]);
+                    if (!minima) continue;
+                    const float dsum = s.group == 32 ? a->dsum : a->d * (float)-K(minus)(a, s.group, g % 2);
+                    total[t] = K(fma)(K(load)(minimum[n]), K(set1)(dsum), total[t]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) x[t] += width / 32;
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) K(store)(y[t], total[t]);
+}
+
+/* Sixteen rows against one, two, four or eight tokens, as far as FEW_TOKENS goes: each a function of its own. */
+#define FEW(name, n)                                                                                                   \
+    static void K(few##n##_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, const void *const *x,     \
+                                   float *const *y, const uint8_t *next) {                                             \
+        if ((n) <= FEW_TOKENS) K(few_##name)(n, w, stride, rows, cols, x, y, next);                                    \
+    }
+
+#define QUANT(name, NAME, values_, group_, bias_, most_, minima)                                                       \
     static void K(unpack_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, panel p,                    \
                                  const uint8_t *next) {                                                                \
-        enum { BYTES = sizeof(block_##name), PIECE = (values) < HALF ? (values) : HALF };                              \
-        _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
-        for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
-            const int left = cols - k < STEP ? (int)(cols - k) : STEP;                                                 \
-            const int64_t at = k / (values) * BYTES, g = k / (group) * LANES;                                          \
-            const K(rows) r = K(sixteen)(w + at, stride, rows, left / (values) * BYTES, spare);                        \
-            for (int c = 0; c < left; c += PIECE) {                                                                    \
-                const uint8_t *ahead = next + at * LANES + c * BYTES * LANES / (values);                               \
-                uint8_t *q = p.q + (k + c) * LANES;                                                                    \
-                K(sink) s = {                                                                                          \
-                    q, NULL, NULL, NULL, p.scale + g, p.minimum + g, group, bias, most, ahead, values, BYTES};         \
-                K(piece_of_##name)(r, c, &s);                                                                          \
-            }                                                                                                          \
-        }                                                                                                              \
+        const K(sink) s = {                                                                                            \
+            .group = group_, .bias = bias_, .most = most_, .values = values_, .bytes = sizeof(block_##name)};          \
+        K(unpack_steps)(K(piece_of_##name), s, w, stride, rows, cols, p, next);                                        \
     }                                                                                                                  \
-    static void K(one_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, const void *activations,       \
-                              float *y, const uint8_t *next) {                                                         \
-        enum { BYTES = sizeof(block_##name), PIECE = (values) < HALF ? (values) : HALF };                              \
-        _Alignas(64) uint8_t spare[LANES * SPARE];                                                                     \
-        _Alignas(64) float scale[STEP / (group)][LANES], minimum[STEP / (group)][LANES];                               \
-        const block_a8 *x = activations;                                                                               \
-        vf total = K(zero)();                                                                                          \
-        for (int64_t k = 0; k < cols; k += STEP) {                                                                     \
-            const int left = cols - k < STEP ? (int)(cols - k) : STEP;                                                 \
-            const int64_t at = k / (values) * BYTES;                                                                   \
-            const K(rows) r = K(sixteen)(w + at, stride, rows, left / (values) * BYTES, spare);                        \
-            for (int c = 0; c < left; c += PIECE, x += PIECE / 32) {                                                   \
-                const uint8_t *ahead = next + at * LANES + c * BYTES * LANES / (values);                               \
-                vi sum[PIECE / (group)], part[4];                                                                      \
-                K(sink) s = {NULL, x, sum, part, scale[0], minimum[0], group, bias, most, ahead, values, BYTES};       \
-                K(piece_of_##name)(r, c, &s);                                                                          \
-                _Pragma("GCC unroll 8") for (int g = 0; g < PIECE / (group); g++) {                                    \
-                    const block_a8 *a = x + g * (group) / 32;                                                          \
-                    const int n = c / (group) + g;                                                                     \
-                    total = K(fma)(K(to_float)(sum[g]), K(mul)(K(load)(scale[n]), K(set1)(a->d)), total);              \
-                    if (!(minima)) continue;                                                                           \
-                    const float dsum = (group) == 32 ? a->dsum : a->d * (float)-K(minus)(a, group, g % 2);             \
-                    total = K(fma)(K(load)(minimum[n]), K(set1)(dsum), total);                                         \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-        K(store)(y, total);                                                                                            \
-    }
+    static INLINE void K(few_##name)(const int tokens, const uint8_t *w, int64_t stride, int rows, int64_t cols,       \
+                                     const void *const *x, float *const *y, const uint8_t *next) {                     \
+        const K(sink) s = {.x = (const block_a8 *const *)x,                                                            \
+                           .tokens = tokens,                                                                           \
+                           .group = group_,                                                                            \
+                           .bias = bias_,                                                                              \
+                           .most = most_,                                                                              \
+                           .values = values_,                                                                          \
+                           .bytes = sizeof(block_##name)};                                                             \
+        K(few_steps)(K(piece_of_##name), s, minima, w, stride, rows, cols, y, next);                                   \
+    }                                                                                                                  \
+    FEW(name, 1) FEW(name, 2) FEW(name, 4) FEW(name, 8)
 #include "../quants.def"
 #undef QUANT
 
@@ -393,19 +448,24 @@ static INLINE void K(values_of_bf16)(vi x, vf y[2]) {
             _Pragma("GCC unroll 16") for (int j = 0; j < 16; j++) K(store)((float *)p.q + (k + j) * LANES, column[j]); \
         }                                                                                                              \
     }                                                                                                                  \
-    static void K(one_##name)(const uint8_t *w, int64_t stride, int rows, int64_t cols, const void *activations,       \
-                              float *y, const uint8_t *next) {                                                         \
-        const float *x = activations;                                                                                  \
-        vf total = K(zero)();                                                                                          \
+    static INLINE void K(few_##name)(const int tokens, const uint8_t *w, int64_t stride, int rows, int64_t cols,       \
+                                     const void *const *xs, float *const *y, const uint8_t *next) {                    \
+        const float *const *x = (const float *const *)xs;                                                              \
+        vf total[FEW_TOKENS];                                                                                          \
+        _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) total[t] = K(zero)();                                 \
         for (int64_t k = 0; k < cols; k += 16) {                                                                       \
             vf column[16];                                                                                             \
             K(columns_of_##name)(w, stride, rows, k, column, next);                                                    \
-            _Pragma("GCC unroll 16") for (int j = 0; j < 16; j++) total = K(fma)(column[j], K(set1)(x[k + j]), total); \
+            _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++)                                                   \
+                _Pragma("GCC unroll 16") for (int j = 0; j < 16; j++) total[t] =                                       \
+                    K(fma)(column[j], K(set1)(x[t][k + j]), total[t]);                                                 \
         }                                                                                                              \
-        K(store)(y, total);                                                                                            \
-    }
+        _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) K(store)(y[t], total[t]);                             \
+    }                                                                                                                  \
+    FEW(name, 1) FEW(name, 2) FEW(name, 4) FEW(name, 8)
 FLOATS(f32, float)
 FLOATS(f16, f16)
 FLOATS(bf16, bf16)
 #undef FLOATS
+#undef FEW
 #undef FOUR

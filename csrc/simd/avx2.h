@@ -56,15 +56,38 @@ static INLINE __m256i K(dot8)(const uint8_t *w, const int8_t *x, int dwords, int
     }
     return sum;
 }
+/* Sixteen rows' sums begin at bias * minus_sum and take in the products of sixteen columns, a line for every four. A full
+ * byte is made signed in pairs(): no bias is left. */
+static INLINE vi K(sum_from)(int bias, int most, int32_t minus_sum) {
+    const __m256i start = _mm256_set1_epi32(most <= 127 ? bias * minus_sum : 0);
+    return (vi){start, start};
+}
+static INLINE vi K(dot_lines)(vi sum, const vi line[4], const int8_t *x, int most) {
+    const int together = most <= 31 ? 4 : most <= 63 ? 2 : 1; /* as in dot8 */
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j += together) {
+        __m256i a = _mm256_setzero_si256(), b = a;
+#pragma GCC unroll 4
+        for (int i = j; i < j + together; i++) {
+            int32_t quad;
+            __builtin_memcpy(&quad, x + 4 * i, 4);
+            a = _mm256_add_epi16(a, K(pairs)(line[i].a, _mm256_set1_epi32(quad), most));
+            b = _mm256_add_epi16(b, K(pairs)(line[i].b, _mm256_set1_epi32(quad), most));
+        }
+        sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(a, ones));
+        sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(b, ones));
+    }
+    return sum;
+}
 /* Sixteen rows' dot products of `dwords` x 4 unsigned weights with the same signed activations, of each of `n` tokens
  * from bias * minus_sum on. */
 static INLINE void K(dots)(const int n, const uint8_t *w, const int8_t *const *x, int dwords, int bias, int most,
                            const int32_t *minus_sum, vi *sum) {
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++) {
-        /* A full byte is made signed in pairs(): no bias is left. */
-        const __m256i start = _mm256_set1_epi32(most <= 127 ? bias * minus_sum[t] : 0);
-        sum[t] = (vi){K(dot8)(w, x[t], dwords, most, start), K(dot8)(w + 32, x[t], dwords, most, start)};
+        const vi start = K(sum_from)(bias, most, minus_sum[t]);
+        sum[t] = (vi){K(dot8)(w, x[t], dwords, most, start.a), K(dot8)(w + 32, x[t], dwords, most, start.b)};
     }
 }
 

@@ -19,15 +19,27 @@ static INLINE vf K(load_i8)(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 
+/* Sixteen rows' sums begin at bias * minus_sum and take in the products of sixteen columns, a line for every four. */
+static INLINE vi K(sum_from)(int bias, int most, int32_t minus_sum) {
+    (void)most;
+    return bias ? _mm512_slli_epi32(_mm512_set1_epi32(minus_sum), __builtin_ctz(bias | 256)) : _mm512_setzero_si512();
+}
+static INLINE vi K(dot_lines)(vi sum, const vi line[4], const int8_t *x, int most) {
+    (void)most;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        int32_t quad;
+        __builtin_memcpy(&quad, x + 4 * i, 4);
+        sum = _mm512_dpbusd_epi32(sum, line[i], _mm512_set1_epi32(quad));
+    }
+    return sum;
+}
 /* Sixteen rows' dot products of `dwords` x 4 unsigned weights with the same signed activations, of each of `n` tokens
  * from bias * minus_sum on. */
 static INLINE void K(dots)(const int n, const uint8_t *w, const int8_t *const *x, int dwords, int bias, int most,
                            const int32_t *minus_sum, vi *sum) {
-    (void)most;
 #pragma GCC unroll 4
-    for (int t = 0; t < n; t++)
-        sum[t] = bias ? _mm512_slli_epi32(_mm512_set1_epi32(minus_sum[t]), __builtin_ctz(bias | 256))
-                      : _mm512_setzero_si512();
+    for (int t = 0; t < n; t++) sum[t] = K(sum_from)(bias, most, minus_sum[t]);
 #pragma GCC unroll 8
     for (int j = 0; j < dwords; j++) {
         const vi line = _mm512_load_si512(w + 64 * j);

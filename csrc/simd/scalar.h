@@ -50,11 +50,23 @@ static INLINE vf K(load_i8)(const int8_t *p) {
     EACH r.v[i] = (float)p[i];
     return r;
 }
+static INLINE vi K(sum_from)(int bias, int most, int32_t minus_sum) {
+    (void)most;
+    vi sum;
+    EACH sum.v[i] = bias * minus_sum;
+    return sum;
+}
+static INLINE vi K(dot_lines)(vi sum, const vi line[4], const int8_t *x, int most) {
+    (void)most;
+    for (int j = 0; j < 4; j++)
+        EACH for (int k = 0; k < 4; k++) sum.v[i] +=
+            (int32_t)((uint32_t)line[j].v[i] >> 8 * k & 255) * (int32_t)x[4 * j + k];
+    return sum;
+}
 static INLINE void K(dots)(const int n, const uint8_t *w, const int8_t *const *x, int dwords, int bias, int most,
                            const int32_t *minus_sum, vi *sum) {
-    (void)most;
     for (int t = 0; t < n; t++) {
-        EACH sum[t].v[i] = bias * minus_sum[t];
+        sum[t] = K(sum_from)(bias, most, minus_sum[t]);
         for (int j = 0; j < dwords; j++)
             EACH for (int k = 0; k < 4; k++) sum[t].v[i] += (int32_t)w[64 * j + 4 * i + k] * (int32_t)x[t][4 * j + k];
     }
