@@ -6,7 +6,6 @@ static inline float K(sum16)(const float v[16]) {
     for (int i = 0; i < 4; i++) a[i] += a[i + 4];
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
-
 /* e^x to 2 ulp, 0 below -87.3, infinity above 88.7; NaN stays NaN. Cephes' polynomial; 12582912 rounds to an integer. */
 static INLINE float K(exponential)(float x) {
     const float limited = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
@@ -149,18 +148,20 @@ static void K(quantize_blocks)(const float *x, block_a8 *y, int64_t cols) {
         float top;
         __builtin_memcpy(&top, &largest, 4);
         const float d = top / 127.0f, inverse = d > 1e-37f && top < INFINITY ? 1.0f / d : 0.0f;
-        int32_t sums[2] = {0, 0};
-        for (int h = 0; h < 2; h++)
-            for (int i = 0; i < 16; i++) {
-                const float scaled = inverse > 0.0f ? x[16 * h + i] * inverse : 0.0f;
-                const int32_t q = (int32_t)((scaled + 12582912.0f) - 12582912.0f);
-                y->qs[16 * h + i] = (int8_t)q;
-                sums[h] += q;
-            }
+        /* A local array, since bytes stored might alias x; and loops that are unrolled first are not made vectors. */
+        int32_t q[32] = {0};
+        if (inverse > 0.0f)
+            for (int i = 0; i < 32; i++) q[i] = (int32_t)((x[i] * inverse + 12582912.0f) - 12582912.0f);
+        int32_t first = 0, all = 0;
+#pragma GCC unroll 1
+        for (int i = 0; i < 16; i++) first += q[i];
+#pragma GCC unroll 1
+        for (int i = 0; i < 32; i++) all += q[i];
+        for (int i = 0; i < 32; i++) y->qs[i] = (int8_t)q[i];
         y->d = d;
-        y->dsum = d * (float)(sums[0] + sums[1]);
-        y->minus_sum = -(sums[0] + sums[1]);
-        y->minus_half = -sums[0];
+        y->dsum = d * (float)all;
+        y->minus_sum = -all;
+        y->minus_half = -first;
     }
 }
 

@@ -18,11 +18,12 @@ static inline void K(keep)(int32_t *ids, float *values, int32_t *count, int32_t 
     ids[at] = id;
 }
 
-/* The largest of n values; `finite` becomes NaN if one of them is not. */
+/* The largest of n values; `finite` becomes NaN if one of them is not. (A loop that is unrolled first is not made a vector.) */
 static inline float K(largest)(const float *x, int32_t n, float *finite) {
     float tops[16], zeros[16] = {0};
     for (int j = 0; j < 16; j++) tops[j] = -INFINITY;
     for (int32_t i = 0; i < n / 16 * 16; i += 16)
+#pragma GCC unroll 1
         for (int j = 0; j < 16; j++) {
             tops[j] = x[i + j] > tops[j] ? x[i + j] : tops[j];
             zeros[j] += x[i + j] * 0.0f;
@@ -37,6 +38,7 @@ static inline float K(largest)(const float *x, int32_t n, float *finite) {
 }
 static inline int K(any_above)(const float x[16], float least) {
     int32_t above = 0;
+#pragma GCC unroll 1
     for (int j = 0; j < 16; j++) above |= x[j] > least;
     return above;
 }
