@@ -361,6 +361,7 @@ int32_t dequantize_row(int32_t isa, int32_t type, const uint8_t *x, float *y, in
 }
 
 typedef struct {
+    const kernel_table *kernels;
     const uint8_t *data;
     int64_t bytes;
     _Atomic uint64_t sum;
@@ -368,16 +369,12 @@ typedef struct {
 static void read_share(void *arg, int32_t thread, int32_t threads) {
     reading *r = arg;
     const int64_t lines = r->bytes / 64, first = lines * thread / threads, end = lines * (thread + 1) / threads;
-    uint64_t sum[8] = {0};
-    for (int64_t i = first; i < end; i++) {
-        const uint64_t *line = (const uint64_t *)(r->data + 64 * i);
-        __builtin_prefetch(line + 128, 0, 3);
-        for (int j = 0; j < 8; j++) sum[j] += line[j];
-    }
-    for (int j = 0; j < 8; j++) atomic_fetch_add(&r->sum, sum[j]);
+    atomic_fetch_add(&r->sum, r->kernels->read(r->data + 64 * first, 64 * (end - first)));
 }
 double read_bandwidth(pool *threads, const uint8_t *data, int64_t bytes) {
-    reading r = {.data = data, .bytes = bytes};
+    int32_t best = 0;
+    while (!isa_available(best)) best++;
+    reading r = {.kernels = kernels_of(best), .data = data, .bytes = bytes};
     const int64_t before = now();
     pool_run(threads, read_share, &r);
     return (double)bytes * 1e9 / (double)(now() - before);

@@ -56,6 +56,7 @@ typedef struct {
     kernel ops[OP_COUNT];
     const char *matmul_names[TYPE_COUNT];
     const char *row_names[TYPE_COUNT];
+    uint64_t (*read)(const uint8_t *data, int64_t bytes);
     void (*quantize)(const float *x, block_a8 *y, int64_t cols);
     kernel attend_merge;
     void (*dequantize[TYPE_COUNT])(const uint8_t *x, float *y, int64_t cols);

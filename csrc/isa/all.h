@@ -18,6 +18,7 @@
 #include "../kernels/experts.h"
 #include "../kernels/attend.h"
 #include "../kernels/logits.h"
+#include "../kernels/read.h"
 
 #define SERVES(OP, name) [OP_##OP] = K(name)
 #define NAMED(OP, name) [OP_##OP] = TEXT(K(name))
@@ -33,6 +34,7 @@ const kernel_table K(kernels) = {
     .names = {OPS(NAMED)},
     .ops = {OPS(SERVES)},
     .attend_merge = K(attend_merge),
+    .read = K(read),
     .quantize = K(quantize_blocks),
     .matmul = K(matmul_stretch),
     .matmul_names =
