@@ -62,21 +62,20 @@ class Bench:
             part = self.data[first : first + len(period)]
             part[:] = period[: len(part)]
 
-    def matrices(self, type: TensorType) -> list[np.ndarray]:
+    def matrices(self, type: TensorType) -> np.ndarray:
         bytes = row_bytes(type, self.cols) * self.out
         count = max(1, self.working_set // bytes)
-        return [np.array([self.weight(type, bytes, number)], WEIGHT) for number in range(count)]
+        return np.array([self.weight(type, bytes, number) for number in range(count)], WEIGHT)
 
     def weight(self, type: TensorType, bytes: int, number: int) -> tuple:
         return (self.data.ctypes.data + number * bytes, bytes, type, 0, self.out, self.cols, 1, 1.0)
 
-    def matmul(self, isa: int, weights: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> Timed:
-        rows, pointers = len(x), [ffi.cast("weight *", weight.ctypes.data) for weight in weights]
-        into, out, scratch = ffi.cast("float *", x.ctypes.data), ffi.cast("float *", y.ctypes.data), self.scratch
+    def matmul(self, isa: int, weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> Timed:
+        first, scratch = ffi.cast("weight *", weights.ctypes.data), abi.address(self.scratch)
+        into, out = ffi.cast("float *", x.ctypes.data), ffi.cast("float *", y.ctypes.data)
         with Timed() as timed:
-            for pointer in pointers:
-                if lib.matmul_once(self.pool, isa, pointer, into, out, rows, abi.address(scratch)):
-                    raise SystemExit("no kernel for this format")
+            if lib.matmul_once(self.pool, isa, first, len(weights), into, out, len(x), scratch):
+                raise SystemExit("no kernel for this format")
         return timed
 
     def read(self) -> float:

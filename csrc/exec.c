@@ -303,39 +303,43 @@ int64_t scratch_bytes(int32_t threads) { return (int64_t)threads * THREAD_BYTES;
 
 typedef struct {
     const kernel_table *kernels;
-    const weight *w;
+    const weight *weights;
     const uint8_t *x;
     float *y;
     uint8_t *scratch;
     int64_t x_stride;
-    int32_t rows;
-    _Atomic int32_t next;
+    int32_t count, rows;
 } once;
 
+/* A thread has the same rows of every matrix, so that they need not wait for each other. */
 static void matmul_share_once(void *arg, int32_t thread, int32_t threads) {
-    once *m = arg;
+    const once *m = arg;
     uint8_t *scratch = m->scratch + (int64_t)thread * THREAD_BYTES;
     const void *x[512];
     float *y[512];
-    const int32_t share = matmul_share(m->w, m->rows, threads), chunks = (m->w->rows + share - 1) / share;
-    for (int32_t n; (n = atomic_fetch_add(&m->next, 1)) < chunks;) {
-        const int64_t first = (int64_t)n * share, height = m->w->rows - first < share ? m->w->rows - first : share;
-        for (int32_t r0 = 0; r0 < m->rows; r0 += 512) {
-            const int32_t count = m->rows - r0 < 512 ? m->rows - r0 : 512;
-            for (int32_t r = 0; r < count; r++) {
-                x[r] = m->x + (r0 + r) * m->x_stride;
-                y[r] = m->y + (int64_t)(r0 + r) * m->w->rows + first;
+    const int32_t share = matmul_share(m->weights, m->rows, threads), chunks = (m->weights->rows + share - 1) / share;
+    const int32_t begin = (int32_t)((int64_t)chunks * thread / threads),
+                  end = (int32_t)((int64_t)chunks * (thread + 1) / threads);
+    for (const weight *w = m->weights; w < m->weights + m->count; w++)
+        for (int32_t n = begin; n < end; n++) {
+            const int64_t first = (int64_t)n * share, height = w->rows - first < share ? w->rows - first : share;
+            for (int32_t r0 = 0; r0 < m->rows; r0 += 512) {
+                const int32_t rows = m->rows - r0 < 512 ? m->rows - r0 : 512;
+                for (int32_t r = 0; r < rows; r++) {
+                    x[r] = m->x + (r0 + r) * m->x_stride;
+                    y[r] = m->y + (int64_t)(r0 + r) * w->rows + first;
+                }
+                m->kernels->matmul(w, first, height, x, y, rows, scratch);
             }
-            m->kernels->matmul(m->w, first, height, x, y, count, scratch);
         }
-    }
 }
-int32_t matmul_once(pool *threads, int32_t isa, const weight *w, const float *x, float *y, int32_t rows,
-                    uint8_t *scratch) {
+int32_t matmul_once(pool *threads, int32_t isa, const weight *weights, int32_t count, const float *x, float *y,
+                    int32_t rows, uint8_t *scratch) {
     const kernel_table *kernels = kernels_of(isa);
+    const weight *w = weights;
     const int is_float = w->type == TYPE_F32 || w->type == TYPE_F16 || w->type == TYPE_BF16;
     if (!kernels || !block_of(w->type).bytes || w->rows * row_bytes(w->type, w->cols) > w->bytes) return -1;
-    once m = {.kernels = kernels, .w = w, .y = y, .scratch = scratch, .rows = rows};
+    once m = {.kernels = kernels, .weights = weights, .y = y, .scratch = scratch, .count = count, .rows = rows};
     block_a8 *quantized = NULL;
     if (is_float) {
         m.x = (const uint8_t *)x;

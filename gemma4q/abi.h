@@ -206,8 +206,9 @@ int32_t mapping_register(uint64_t address, int64_t bytes);      /* a slot, -1: n
 int32_t mapping_poisoned(int32_t slot);
 void mapping_release(int32_t slot);
 
-/* One matmul without a plan, for tests and the bench: x [rows, w->cols] F32, y [rows, w->rows] F32. */
-int32_t matmul_once(pool *, int32_t isa, const weight *w, const float *x, float *y, int32_t rows, uint8_t *scratch);
+/* Matmuls without a plan, for tests and the bench: y [rows, w->rows] = x [rows, w->cols] . W', both F32, of each of
+ * `count` matrices of one shape and type; the last one's result stays. */
+int32_t matmul_once(pool *, int32_t isa, const weight *, int32_t count, const float *x, float *y, int32_t rows, uint8_t *scratch);
 void quantize_row(int32_t isa, const float *x, block_a8 *y, int32_t cols);
 int32_t dequantize_row(int32_t isa, int32_t type, const uint8_t *x, float *y, int32_t cols);
 double read_bandwidth(pool *, const uint8_t *data, int64_t bytes);     /* bytes a second */

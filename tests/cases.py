@@ -91,7 +91,7 @@ class Matmul:
         for out, at in ((before, 16), (y, 0)):
             out[:] = 12345.0
             status = lib.matmul_once(
-                pool, NAMES.index(self.isa), ffi.cast("weight *", entry.ctypes.data),
+                pool, NAMES.index(self.isa), ffi.cast("weight *", entry.ctypes.data), 1,
                 ffi.cast("float *", x.ctypes.data), ffi.cast("float *", out[at:].ctypes.data), tokens, address(scratch),
             )  # fmt: skip
             assert status == 0
