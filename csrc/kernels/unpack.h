@@ -65,17 +65,6 @@ static INLINE K(square) K(through)(const uint8_t *table, K(square) s) {
     FOUR s.i[i] = K(lookup)(table, s.i[i]);
     return s;
 }
-/* Sixteen rows of sixteen floats, of which `count` are wanted, become `count` lines: line j holds float j of every row. */
-static INLINE void K(transpose)(const float *rows, float *lines, int count) {
-    K(rows) r = {{(const uint8_t *)rows, (const uint8_t *)(rows + 64), (const uint8_t *)(rows + 128),
-                  (const uint8_t *)(rows + 192)},
-                 64};
-    for (int j = 0; j < count; j += 4) {
-        const K(square) s = K(turned)(&r, 4 * j);
-        FOUR K(store)(lines + (j + i) * LANES, K(as_float)(s.i[i]));
-    }
-}
-
 /* Where a piece's squares go, columns counted from its first; and what is prefetched meanwhile. */
 typedef struct {
     uint8_t *q;               /* a panel's, */
@@ -140,12 +129,12 @@ typedef struct {
     const uint8_t *table;
 } K(block_layout); /* offsets, -1: none */
 
-static INLINE void K(scale_of_block)(const K(block_layout) f, const K(rows) *r, int at, float *scale, float *minimum) {
+static INLINE void K(scale_of_block)(const K(block_layout) f, K(rows) *r, int at, float *scale, float *minimum) {
     if (f.qs > 1) {
         K(store)(scale, K(f16_of_each)(r->four, r->stride, at));
     } else {
-        uint32_t e[LANES];
-        for (int n = 0; n < LANES; n++) e[n] = r->four[n / 4][n % 4 * r->stride + at];
+        _Alignas(64) uint32_t e[LANES];
+        K(store_line)((uint8_t *)e, K(bits)(K(turned)(r, at).i[0], 0, 255, 0));
         for (int n = 0; n < LANES; n++) e[n] = K(e8m0)(e[n]);
         __builtin_memcpy(scale, e, sizeof e);
     }
@@ -221,20 +210,45 @@ SCALES_OF(q6_k) {
         K(store)(scale + g * LANES, K(mul)(d, K(fma)(from_zero, K(set1)(1), K(set1)(-128))));
     }
 }
-/* The rarer formats decode their scales row by row. */
-#define BY_ROW(name, group, minima)                                                                                    \
-    SCALES_OF(name) {                                                                                                  \
-        _Alignas(64) float scales[LANES][16], mins[LANES][16];                                                         \
-        (void)minimum;                                                                                                 \
-        for (int n = 0; n < LANES; n++)                                                                                \
-            K(scales_##name)((const block_##name *)(r->four[n / 4] + n % 4 * r->stride), scales[n], mins[n]);          \
-        K(transpose)(scales[0], scale, STEP / (group));                                                                \
-        if (minima) K(transpose)(mins[0], minimum, STEP / (group));                                                    \
+/* `count` bits of a square, from bit `down` of each row's byte `byte` on, moved `up`. */
+static INLINE vi K(field)(const K(square) *v, int byte, int down, int count, int up) {
+    return K(bits)(v->i[byte / 4], byte % 4 * 8 + down, (1u << count) - 1, up);
+}
+/* d (s - 32), s of a low and a high part. */
+static INLINE void K(store_scale)(float *scale, vf d, vi low, vi high) {
+    K(store)(scale, K(mul)(d, K(fma)(K(to_float)(K(or)(low, high)), K(set1)(1), K(set1)(-32))));
+}
+/* Sixteen bytes, a 4-bit scale low and a 4-bit minimum high, and their f16 factors, the last of a block. */
+SCALES_OF(q2_k) {
+    const K(square) v = K(turned)(r, AT(q2_k, scales)), end = K(turned)(r, AT(q2_k, dmin) + 2 - 16);
+    const vf d = K(halves)(end.i[3]), dmin = K(mul)(K(halves)(K(bits)(end.i[3], 16, 0xffff, 0)), K(set1)(-1));
+#pragma GCC unroll 16
+    for (int g = 0; g < 16; g++) {
+        K(store)(scale + g * LANES, K(mul)(d, K(to_float)(K(field)(&v, g, 0, 4, 0))));
+        K(store)(minimum + g * LANES, K(mul)(dmin, K(to_float)(K(field)(&v, g, 4, 4, 0))));
     }
-BY_ROW(q2_k, 16, 1)
-BY_ROW(q3_k, 16, 0)
-BY_ROW(iq4_xs, 32, 0)
-#undef BY_ROW
+}
+/* Twelve bytes of sixteen 6-bit scales and one f16 factor, the last of a block. */
+SCALES_OF(q3_k) {
+    enum { FIRST = 2 }; /* of the scales, in the last sixteen bytes */
+    (void)minimum;
+    const K(square) v = K(turned)(r, AT(q3_k, scales) - FIRST);
+    const vf d = K(halves)(K(bits)(v.i[3], 16, 0xffff, 0));
+#pragma GCC unroll 16
+    for (int g = 0; g < 16; g++)
+        K(store_scale)(scale + g * LANES, d, K(field)(&v, FIRST + g % 8, g / 8 * 4, 4, 0),
+                       K(field)(&v, FIRST + 8 + g % 4, g / 4 * 2, 2, 4));
+}
+/* One f16 factor, then eight 6-bit scales: two bits each, then four each. */
+SCALES_OF(iq4_xs) {
+    (void)minimum;
+    const K(square) v = K(turned)(r, 0);
+    const vf d = K(halves)(v.i[0]);
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g++)
+        K(store_scale)(scale + g * LANES, d, K(field)(&v, AT(iq4_xs, scales_l) + g / 2, g % 2 * 4, 4, 0),
+                       K(field)(&v, AT(iq4_xs, scales_h) + g / 4, g % 4 * 2, 2, 4));
+}
 #undef SCALES_OF
 
 #define PIECE_OF(name) static INLINE void K(piece_of_##name)(K(rows) r, int k0, K(sink) *s)
