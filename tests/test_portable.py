@@ -242,6 +242,31 @@ def test_products_are_as_exact_as_float32_sums_allow(kind, rows):
         crew.close()
 
 
+@pytest.mark.parametrize("kind", list(BLOCKS), ids=lambda t: t.name)
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_products_have_the_same_bits_whatever_the_threads(kind, count):
+    rng = np.random.default_rng(count)
+    data = quantize(rng.standard_normal((130, 512)).astype("f4"), kind)
+    x = rng.standard_normal((count, 512)).astype("f4")
+    results = []
+    for threads in (1, 2, 3):
+        crew = Crew(threads)
+        results.append(product(x, repack(data.reshape(-1), (130, 512), kind, crew), 0, crew))
+        crew.close()
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS), ids=lambda t: t.name)
+def test_panels_stand_for_the_weights_themselves(kind):
+    """A column picked by x = 1 gives the weight, to the last bits of scale * q + minimum."""
+    rng, crew, cols = np.random.default_rng(5), Crew(1), 256
+    data = quantize(rng.standard_normal((64, cols)).astype("f4"), kind)
+    w = dequantize(data, kind)
+    y = product(np.eye(cols, dtype="f4"), repack(data.reshape(-1), w.shape, kind, crew), 0, crew)
+    np.testing.assert_allclose(y, w.T, rtol=0, atol=4 * EPS * np.abs(w).max())
+
+
 @pytest.mark.parametrize("cols", [1, 15, 16, 40, 272])
 def test_columns_of_floats_need_not_be_whole_steps(cols):
     rng, crew = np.random.default_rng(cols), Crew(2)
@@ -293,7 +318,7 @@ def test_kernels_are_named_for_op_format_and_maker(model):
 
 
 def test_kernels_are_compiled_for_few_types(model):
-    """Int8 and float32 panels, and nothing else: each more costs the first token a second."""
+    """Int8 and float32 panels, and nothing else: each more costs the first token half a second."""
     _, session = both(model)
     compare([_, session], [prompt(np.arange(80))])
     compare([_, session], [prompt([9], 80, generated=True)])
@@ -400,6 +425,6 @@ def test_the_best_are_those_of_a_stable_sort(count, different, seed):
 def test_panels_hold_rows_side_by_side():
     x = np.arange(66 * 16, dtype="f4").reshape(66, 16)
     p = repack(x.view("u1").reshape(-1), x.shape, TensorType.F32, Crew(1))
-    assert p.q.shape == (1, 2, 16, portable_panels.LANES)
-    assert p.q[0, 0, 3, 5] == x[5, 3] and p.q[0, 1, 15, 1] == x[65, 15] and (p.q[0, 1, :, 2:] == 0).all()
+    assert p.q.shape == (1, 3, 16, portable_panels.LANES)
+    assert p.q[0, 0, 3, 5] == x[5, 3] and p.q[0, 2, 15, 1] == x[65, 15] and (p.q[0, 2, :, 2:] == 0).all()
     assert (p.scale == 1).all() and p.minimum.size == 0 and set(FORMATS) < set(BLOCKS) and PAGE == 64

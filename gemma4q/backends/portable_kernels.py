@@ -2,19 +2,24 @@
 
 Each function does share `share` of `shares` of one op: no threads, no Python objects, no errors. Weights are panels:
 LANES rows of a matrix side by side, so that a vector register holds the same column of neighbouring rows and sums never
-cross its lanes. q [blocks, cols, LANES], int8 or float32; scale and minimum [blocks, cols / group, LANES] (no blocks of
-minima where the format has none); weight = scale * q + minimum. All columns are multiples of STEP.
+cross its lanes. A column of a panel is one value of type `Lanes`, which LLVM spreads over as many registers as a CPU
+needs for it; loops over arrays would leave the sums in memory. q [blocks, cols, LANES], int8 or float32, or
+[blocks, cols / 2, LANES] uint8, two columns in a byte, 16 times their value each; scale and minimum
+[blocks, cols / group, LANES] (no blocks of minima where the format has none); weight = scale * q + minimum. All columns
+are multiples of STEP.
 """
 
 import math
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, models, register_model
 
-LANES = 64  # rows of a matrix in one panel
+LANES = 32  # rows of a matrix in one panel
 STEP = 16  # columns that surely share a scale
-DEPTH = 256  # columns unpacked at a time: with LANES floats each, 64 KiB
-ROWS = 8  # activation rows that `matmul` takes at a time
+DEPTH = 128  # columns unpacked at a time: with LANES floats each, 16 KiB
+ROWS = 3  # activation rows that `matmul` takes at a time: their sums, a column and a factor fit 16 AVX registers
 
 
 def kernel(function):
@@ -27,81 +32,171 @@ def kernel(function):
         return njit(**options)(function)
 
 
+# -- A column of a panel as one value -------------------------------------------------------------------------------
+
+
+class Lanes(types.Type):
+    """LANES floats."""
+
+    def __init__(self):
+        super().__init__("Lanes")
+
+
+LANES_TYPE, INDEX = Lanes(), ir.IntType(32)
+FLOATS, BYTES = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(8), LANES)
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, FLOATS)
+
+
+def constant(kind: ir.VectorType, value: float) -> ir.Constant:
+    return kind([value] * LANES)
+
+
+def address(context, builder, array_type, array, at, kind: ir.VectorType):
+    """Of LANES elements from number `at` of an array without gaps."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), kind.as_pointer())
+
+
+def aligned(instruction, size: int):
+    instruction.align = size  # what numpy promises, not what a vector would like
+    return instruction
+
+
+@intrinsic
+def zeros(typing):
+    return LANES_TYPE(), lambda context, builder, signature, arguments: constant(FLOATS, 0)
+
+
+@intrinsic
+def load(typing, array, at):
+    """LANES float32 from element number `at` on."""
+
+    def code(context, builder, signature, arguments):
+        return aligned(builder.load(address(context, builder, array, *arguments, FLOATS)), 4)
+
+    return LANES_TYPE(array, types.intp), code
+
+
+@intrinsic
+def store(typing, array, at, value):
+    """LANES float32 to element number `at` and those after it."""
+
+    def code(context, builder, signature, arguments):
+        at = address(context, builder, array, *arguments[:2], FLOATS)
+        aligned(builder.store(arguments[2], at), 4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, LANES_TYPE), code
+
+
+@intrinsic
+def fma(typing, a, b, c):
+    """a * b + c, rounded once where the CPU can; a may be a scalar."""
+
+    def code(context, builder, signature, arguments):
+        a, b, c = arguments
+        if not isinstance(signature.args[0], Lanes):
+            one = builder.insert_element(FLOATS(ir.Undefined), a, INDEX(0))
+            a = builder.shuffle_vector(one, one, constant(ir.VectorType(INDEX, LANES), 0))
+        return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+    return LANES_TYPE(a if isinstance(a, Lanes) else types.float32, LANES_TYPE, LANES_TYPE), code
+
+
+@intrinsic
+def columns(typing, q, k):
+    """Columns k and k + 1 of panels that lie behind each other; k is even."""
+    bits = {types.float32: 32, types.int8: 8, types.uint8: 4}[q.dtype]
+
+    def code(context, builder, signature, arguments):
+        array, k = arguments
+        at = builder.mul(k, k.type(LANES if bits > 4 else LANES // 2))
+        if bits == 4:
+            both = aligned(builder.load(address(context, builder, q, array, at, BYTES)), 1)
+            two = builder.shl(both, constant(BYTES, 4)), builder.and_(both, constant(BYTES, 0xF0))
+        else:
+            kind = BYTES if bits == 8 else FLOATS
+            ends = at, builder.add(at, k.type(LANES))
+            two = [aligned(builder.load(address(context, builder, q, array, i, kind)), bits // 8) for i in ends]
+        values = two if bits == 32 else [builder.sitofp(v, FLOATS) for v in two]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(LANES_TYPE, 2)(q, types.intp), code
+
+
+# -- Products -------------------------------------------------------------------------------------------------------
+
+
 @kernel
 def matvec(share, shares, x, q, scale, minimum, group, y):
     """y [rows, blocks * LANES] = x [rows, cols] . weight', reading each panel once for all of a few rows."""
-    blocks, cols = q.shape[0], q.shape[1]
-    total = np.empty(LANES, np.float32)
+    rows, cols = x.shape
+    blocks, groups = scale.shape[0], scale.shape[1]
+    sums = np.zeros((rows, groups), np.float32)
+    for r in range(rows if minimum.shape[0] else 0):
+        for k in range(cols):
+            sums[r, k // group] += x[r, k]
     for b in range(blocks * share // shares, blocks * (share + 1) // shares):
-        for r in range(x.shape[0]):
-            total[:] = 0
-            for k in range(0, cols, STEP):
-                values, panel, scales = x[r, k : k + STEP], q[b, k : k + STEP], scale[b, k // group]
-                for j in range(LANES):
-                    t = np.float32(0)
-                    for i in range(STEP):
-                        t += values[i] * panel[i, j]
-                    total[j] += scales[j] * t
-            for g in range(minimum.shape[1] if minimum.shape[0] else 0):
-                t = np.float32(0)
-                for k in range(g * group, (g + 1) * group):
-                    t += x[r, k]
-                for j in range(LANES):
-                    total[j] += minimum[b, g, j] * t
-            y[r, b * LANES : (b + 1) * LANES] = total
+        for r in range(rows):
+            total = zeros()
+            for g in range(groups):
+                even, odd = zeros(), zeros()
+                for k in range(g * group, (g + 1) * group, 2):
+                    v, w = columns(q, b * cols + k)
+                    even, odd = fma(x[r, k], v, even), fma(x[r, k + 1], w, odd)
+                at = (b * groups + g) * LANES
+                total = fma(load(scale, at), fma(np.float32(1), even, odd), total)
+                if minimum.shape[0]:
+                    total = fma(sums[r, g], load(minimum, at), total)
+            store(y, (r * blocks + b) * LANES, total)
 
 
 @kernel
-def unpack(q, scale, minimum, group, panel):
-    """panel [cols, LANES] = scale * q + minimum, of q [cols, LANES]; no rows of minima: none."""
-    for k in range(q.shape[0]):
-        scales = scale[k // group]
-        for j in range(LANES):
-            panel[k, j] = scales[j] * q[k, j]
-    if minimum.shape[0]:
-        for k in range(q.shape[0]):
-            minima = minimum[k // group]
-            for j in range(LANES):
-                panel[k, j] += minima[j]
+def unpack(b, first, end, q, cols, scale, minimum, group, panel):
+    """panel [end - first, LANES] = columns first ... end - 1 of panel b as weights."""
+    groups = scale.shape[1]
+    for k in range(first, end, 2):
+        v, w = columns(q, b * cols + k)
+        at = (b * groups + k // group) * LANES
+        scales = load(scale, at)
+        low = load(minimum, at) if minimum.shape[0] else zeros()
+        store(panel, (k - first) * LANES, fma(v, scales, low))
+        store(panel, (k - first + 1) * LANES, fma(w, scales, low))
 
 
 @kernel
-def tile(x, panel, y):
-    """y [rows, LANES] += x [rows, cols] . panel [cols, LANES]; rows in eights: sixteen factors stay in registers."""
+def tile(x, first, end, panel, y):
+    """y [rows, LANES] += columns first ... end - 1 of x [rows, cols] . panel [end - first, LANES]."""
     for r in range(0, x.shape[0], ROWS):
-        x0, x1, x2, x3, x4, x5, x6, x7 = x[r], x[r + 1], x[r + 2], x[r + 3], x[r + 4], x[r + 5], x[r + 6], x[r + 7]
-        y0, y1, y2, y3, y4, y5, y6, y7 = y[r], y[r + 1], y[r + 2], y[r + 3], y[r + 4], y[r + 5], y[r + 6], y[r + 7]
-        for k in range(0, panel.shape[0], 2):
-            a0, a1, a2, a3, a4, a5, a6, a7 = x0[k], x1[k], x2[k], x3[k], x4[k], x5[k], x6[k], x7[k]
-            n = k + 1
-            b0, b1, b2, b3, b4, b5, b6, b7 = x0[n], x1[n], x2[n], x3[n], x4[n], x5[n], x6[n], x7[n]
-            v, w = panel[k], panel[n]
-            for j in range(LANES):
-                y0[j] += a0 * v[j] + b0 * w[j]
-                y1[j] += a1 * v[j] + b1 * w[j]
-                y2[j] += a2 * v[j] + b2 * w[j]
-                y3[j] += a3 * v[j] + b3 * w[j]
-                y4[j] += a4 * v[j] + b4 * w[j]
-                y5[j] += a5 * v[j] + b5 * w[j]
-                y6[j] += a6 * v[j] + b6 * w[j]
-                y7[j] += a7 * v[j] + b7 * w[j]
+        at = r * LANES
+        y0, y1, y2 = load(y, at), load(y, at + LANES), load(y, at + 2 * LANES)
+        for k in range(first, end):
+            w = load(panel, (k - first) * LANES)
+            y0, y1, y2 = fma(x[r, k], w, y0), fma(x[r + 1, k], w, y1), fma(x[r + 2, k], w, y2)
+        store(y, at, y0)
+        store(y, at + LANES, y1)
+        store(y, at + 2 * LANES, y2)
 
 
 @kernel
 def matmul(share, shares, x, q, scale, minimum, group, y):
     """As `matvec` for many rows, a multiple of ROWS: DEPTH columns of a panel at a time are unpacked into cache."""
-    blocks, cols = q.shape[0], q.shape[1]
+    blocks, cols = scale.shape[0], x.shape[1]
     panel = np.empty((DEPTH, LANES), np.float32)
-    total = np.empty((x.shape[0], LANES), np.float32)
+    total = np.empty((x.shape[0], LANES), np.float32)  # y's own rows lie too far apart for a cache
     for b in range(blocks * share // shares, blocks * (share + 1) // shares):
         total[:] = 0
         for k in range(0, cols, DEPTH):
             end = min(k + DEPTH, cols)
-            first = k // group
-            minima = minimum[b, first:] if minimum.shape[0] else scale[b, :0]
-            unpack(q[b, k:end], scale[b, first:], minima, group, panel)
-            tile(x[:, k:end], panel[: end - k], total)
-        y[:, b * LANES : (b + 1) * LANES] = total
+            unpack(b, k, end, q, cols, scale, minimum, group, panel)
+            tile(x, k, end, panel, total)
+        for r in range(x.shape[0]):
+            store(y, (r * blocks + b) * LANES, load(total, r * LANES))
 
 
 @kernel
