@@ -1,8 +1,8 @@
 """Computes where nothing could be compiled ahead: numpy, with Numba for what takes the time.
 
-Quantised matrices are repacked at load into int8 values with float32 scales, other matrices into float32; activations
-stay float32, and keys and values are float32 that hold what a cache of the asked type would give back. Threads are the
-session's own, so that two sessions do not meet. Numba is imported when a question needs it.
+Quantised matrices are repacked at load into values of 4 or 8 bits with float32 scales, other matrices into float32;
+activations stay float32, and keys and values are float32 that hold what a cache of the asked type would give back.
+Threads are the session's own, so that two sessions do not meet. Numba is imported when a question needs it.
 """
 
 from collections.abc import Mapping
