@@ -17,7 +17,7 @@ from .portable_kernels import LANES, ROWS, STEP, matmul, matvec
 
 NIBBLES = (TensorType.Q4_0, TensorType.Q4_1, TensorType.Q2_K, TensorType.Q3_K, TensorType.Q4_K)  # 16 values in a row
 AT_A_TIME = 8  # panels repacked in one go
-WORTH_SHARING = 1 << 17  # multiplications below which waking a thread costs more than it brings
+WORTH_SHARING = 1 << 21  # multiplications, 0.1 ms of one thread, below which waking a thread costs more than it brings
 
 
 class Crew:
