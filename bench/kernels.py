@@ -5,14 +5,14 @@
 Few rows are bound by memory: weights of a GB or more are walked, so that no cache holds them, and each timing
 alternates with a plain read of the same bytes; the table gives GB/s and percent of that read. Many rows are bound by
 arithmetic and are timed on one matrix: GOP/s (2 per multiply-add). `busy` is CPU time by threads x wall: well below 1,
-others had the cores. Only the compiled backend is measured.
+others had the cores. `--isas portable` measures the backend without a compiler, in GB/s of the panels it has unpacked.
 """
 
 import argparse
 import csv
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -21,9 +21,11 @@ import numpy as np
 from gemma4q import abi
 from gemma4q.abi import TensorType, ffi, lib, row_bytes
 from gemma4q.backends.native import WEIGHT, anonymous, isas
+from gemma4q.backends.portable_panels import Crew, Panels, product, repack
 from gemma4q.gguf.quants import quantize
 from gemma4q.measure.worker import Timed
 
+PORTABLE = "portable"  # among the instruction sets
 FORMATS = [t.name.lower() for t in TensorType if t in abi.BLOCKS]
 BOUND_BY_MEMORY = 16  # rows up to which a walk over many matrices is timed
 COLUMNS = (
@@ -78,6 +80,13 @@ class Bench:
                 raise SystemExit("no kernel for this format")
         return timed
 
+    def panels(self, type: TensorType) -> list[Panels]:
+        """What the portable backend makes of the first matrix, as often as the working set holds it."""
+        shape = self.out, self.cols
+        one = repack(self.data[: row_bytes(type, self.cols) * self.out], shape, type, Crew(self.threads))
+        count = max(1, self.working_set // Panels.bytes(shape, type))
+        return [Panels(one.q.copy(), one.scale.copy(), one.minimum.copy(), one.group, one.rows) for _ in range(count)]
+
     def read(self) -> float:
         """GB/s of a plain read of the working set."""
         return lib.read_bandwidth(self.pool, abi.address(self.data), len(self.data)) / 1e9
@@ -97,18 +106,38 @@ def tame(blocks: np.ndarray, type: TensorType) -> None:
         fields["e"] = 120
 
 
-def measure(bench: Bench, isa: str, type: TensorType, rows: int, runs: int) -> dict:
-    """Medians of `runs` timings, each beside a plain read where memory is the bound."""
+def compiled(bench: Bench, isa: str, type: TensorType, rows: int) -> tuple[int, list, Callable[[list], Timed]]:
+    """Bytes of a matrix, matrices, and what multiplies rows with a list of them."""
     level = next(i for i in range(lib.isa_count()) if ffi.string(lib.isa_name(i)).decode() == isa)
-    weights = bench.matrices(type)
-    weights = weights if rows <= BOUND_BY_MEMORY else weights[:1]
     x = bench.random.normal(0, 1, (rows, bench.cols)).astype(np.float32)
     y = np.zeros((rows, bench.out), np.float32)
-    bench.matmul(level, weights[:1], x, y)
-    bytes = len(weights) * row_bytes(type, bench.cols) * bench.out
+    bytes = row_bytes(type, bench.cols) * bench.out
+    return bytes, bench.matrices(type), lambda weights: bench.matmul(level, weights, x, y)
+
+
+def portable(bench: Bench, isa: str, type: TensorType, rows: int) -> tuple[int, list, Callable[[list], Timed]]:
+    """As `compiled`."""
+    crew = Crew(bench.threads)
+    x = bench.random.normal(0, 1, (rows, bench.cols)).astype(np.float32)
+
+    def matmul(weights: list[Panels]) -> Timed:
+        with Timed() as timed:
+            for panels in weights:
+                product(x, panels, 0, crew)
+        return timed
+
+    return Panels.bytes((bench.out, bench.cols), type), bench.panels(type), matmul
+
+
+def measure(bench: Bench, isa: str, type: TensorType, rows: int, runs: int) -> dict:
+    """Medians of `runs` timings, each beside a plain read where memory is the bound."""
+    matrix_bytes, weights, matmul = (portable if isa == PORTABLE else compiled)(bench, isa, type, rows)
+    weights = weights if rows <= BOUND_BY_MEMORY else weights[:1]
+    matmul(weights[:1])
+    bytes = len(weights) * matrix_bytes
     speeds, shares, busy = [], [], []
     for _ in range(runs):
-        timed = bench.matmul(level, weights, x, y)
+        timed = matmul(weights)
         speeds.append(bytes / timed.seconds / 1e9)
         shares.append(100 * speeds[-1] / bench.read() if rows <= BOUND_BY_MEMORY else np.nan)
         busy.append(timed.cpu_seconds / (bench.threads * timed.seconds))
@@ -140,7 +169,7 @@ def main() -> None:
         raise SystemExit(abi.missing)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["q4_0", "q8_0", "q4_k", "q6_k"])
-    parser.add_argument("--isas", nargs="+", choices=isas(), default=list(isas()))
+    parser.add_argument("--isas", nargs="+", choices=[*isas(), PORTABLE], default=list(isas()))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 512])
     parser.add_argument("--cols", type=int, default=2816)
     parser.add_argument("--out", type=int, default=5632, help="rows of the weight matrix")
