@@ -20,6 +20,31 @@ static int32_t has_avx512(void) {
 }
 #endif
 
+#ifdef HAVE_neon
+extern const kernel_table kernels_neon;
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+static int32_t feature(const char *name) {
+    int here = 0;
+    size_t bytes = sizeof here;
+    return !sysctlbyname(name, &here, &bytes, NULL, 0) && here;
+}
+static int32_t has_neon(void) { return feature("hw.optional.arm.FEAT_DotProd"); }
+#else
+#include <sys/auxv.h>
+enum { ASIMDDP = 1 << 20, I8MM = 1 << 13 }; /* Linux's asm/hwcap.h, which may be older than the compiler */
+static int32_t has_neon(void) { return (getauxval(AT_HWCAP) & ASIMDDP) != 0; }
+#endif
+#endif
+#ifdef HAVE_neon_i8mm
+extern const kernel_table kernels_neon_i8mm;
+#ifdef __APPLE__
+static int32_t has_neon_i8mm(void) { return has_neon() && feature("hw.optional.arm.FEAT_I8MM"); }
+#else
+static int32_t has_neon_i8mm(void) { return has_neon() && getauxval(AT_HWCAP2) & I8MM; }
+#endif
+#endif
+
 static const struct {
     const kernel_table *table;
     int32_t (*here)(void);
@@ -29,6 +54,12 @@ static const struct {
 #endif
 #ifdef HAVE_avx2
     {&kernels_avx2, has_avx2},
+#endif
+#ifdef HAVE_neon_i8mm
+    {&kernels_neon_i8mm, has_neon_i8mm},
+#endif
+#ifdef HAVE_neon
+    {&kernels_neon, has_neon},
 #endif
     {&kernels_scalar, always},
 };

@@ -16,7 +16,7 @@ enum {
 };
 
 typedef struct {
-    uint8_t *q;     /* [cols / 4][LANES][4], or f32 [cols][LANES] */
+    uint8_t *q;     /* as the instruction set's store_square and dots have it, or f32 [cols][LANES] */
     float *scale;   /* [groups][LANES] */
     float *minimum; /* [groups][LANES] */
 } panel;
@@ -91,7 +91,7 @@ static INLINE void K(emit)(K(sink) *s, int column, K(square) v) {
     const int from = column * s->bytes * LANES / s->values, to = (column + 16) * s->bytes * LANES / s->values;
     for (int n = (from + 63) / 64 * 64; n < to; n += 64) K(prefetch)(s->next + n);
     if (!s->sum) {
-        FOUR K(store_line)(s->q + column * LANES + i * 64, v.i[i]);
+        K(store_square)(s->q + column * LANES, v.i, s->most);
         return;
     }
     const int half = column / 16 % 2, fresh = s->group == 16 || !half;

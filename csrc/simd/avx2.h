@@ -164,9 +164,14 @@ static INLINE __m256i K(spread_half)(__m256i x, int half) {
 }
 /* Bit n of the `half` of each quarter's first dword becomes 16 in byte n. */
 static INLINE vi K(spread)(vi x, int half) { return (vi){K(spread_half)(x.a, half), K(spread_half)(x.b, half)}; }
-static INLINE void K(store_line)(uint8_t *p, vi x) {
-    _mm256_store_si256((__m256i *)p, x.a);
-    _mm256_store_si256((__m256i *)(p + 32), x.b);
+/* Of a panel [cols / 4][LANES][4]. */
+static INLINE void K(store_square)(uint8_t *p, const vi line[4], int most) {
+    (void)most;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        _mm256_store_si256((__m256i *)(p + 64 * j), line[j].a);
+        _mm256_store_si256((__m256i *)(p + 64 * j + 32), line[j].b);
+    }
 }
 static INLINE vf K(as_float)(vi x) { return (vf){_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 /* The low half of each dword as an f16. */

@@ -103,7 +103,12 @@ static INLINE vi K(spread)(vi x, int half) {
     const vi copies = _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(bytes));
     return _mm512_maskz_set1_epi8(_mm512_test_epi8_mask(copies, _mm512_set1_epi64((int64_t)0x8040201008040201)), 16);
 }
-static INLINE void K(store_line)(uint8_t *p, vi x) { _mm512_store_si512(p, x); }
+/* Of a panel [cols / 4][LANES][4]. */
+static INLINE void K(store_square)(uint8_t *p, const vi line[4], int most) {
+    (void)most;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) _mm512_store_si512(p + 64 * j, line[j]);
+}
 static INLINE vf K(as_float)(vi x) { return _mm512_castsi512_ps(x); }
 /* The low half of each dword as an f16. */
 static INLINE vf K(halves)(vi x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }

@@ -128,7 +128,11 @@ static INLINE vi K(spread)(vi x, int half) {
     __builtin_memcpy(&x, bytes, 64);
     return x;
 }
-static INLINE void K(store_line)(uint8_t *p, vi x) { __builtin_memcpy(p, &x, 64); }
+/* Of a panel [cols / 4][LANES][4]. */
+static INLINE void K(store_square)(uint8_t *p, const vi line[4], int most) {
+    (void)most;
+    __builtin_memcpy(p, line, 256);
+}
 static INLINE vf K(as_float)(vi x) {
     vf r;
     __builtin_memcpy(&r, &x, 64);

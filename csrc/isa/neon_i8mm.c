@@ -1,0 +1,5 @@
+#define ISA neon_i8mm
+#define SIMD "../simd/neon.h"
+#define TILE_TOKENS 4
+#define SIDE_TOKENS 2
+#include "all.h"
