@@ -186,6 +186,7 @@ static INLINE void K(score_values)(const K(attention) *a, K(kv_page) p, int sub,
 static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int32_t begin, int32_t end, const int n,
                                    const int type) {
     enum { WIDE = 2 };
+    const int most = SIDES == 2 || n <= 2 ? 2 : 1; /* sixteens of dimensions weighed together, where registers allow */
     const int32_t dim = a->l->head_dim, base = begin / ATTEND_BLOCK * ATTEND_BLOCK;
     const int64_t size = K(value_bytes)(type), each = dim * size;
     const int64_t each_scale = 2 * K(scale_count)(type, dim);
@@ -195,8 +196,8 @@ static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int3
         const int32_t after = (first / PAGE + 1) * PAGE, stop = after <= end ? after : end + 1;
         if (after <= end) next = K(page_of)(c, a->o, a->sequence, after, a->kv_head);
         const int64_t ahead = next.values - p.values;
-        for (int32_t i = 0; i < dim; i += WIDE * LANES) {
-            const int wide = dim - i >= WIDE * LANES ? WIDE : 1;
+        for (int32_t i = 0; i < dim; i += most * LANES) {
+            const int wide = dim - i >= most * LANES ? most : 1;
             const uint8_t *value = p.values + first % PAGE * each + i * size;
             const uint8_t *scale = p.value_scales + first % PAGE * each_scale + 2 * (i / 32);
             const float *weights = a->scores + first - base;
