@@ -134,7 +134,7 @@ static INLINE void K(scale_of_block)(const K(block_layout) f, K(rows) *r, int at
         K(store)(scale, K(f16_of_each)(r->four, r->stride, at));
     } else {
         _Alignas(64) uint32_t e[LANES];
-        K(store_line)((uint8_t *)e, K(bits)(K(turned)(r, at).i[0], 0, 255, 0));
+        K(store)((float *)e, K(as_float)(K(bits)(K(turned)(r, at).i[0], 0, 255, 0)));
         for (int n = 0; n < LANES; n++) e[n] = K(e8m0)(e[n]);
         __builtin_memcpy(scale, e, sizeof e);
     }

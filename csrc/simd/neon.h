@@ -63,6 +63,20 @@ static INLINE vi K(flip)(vi x) {
 static INLINE vi K(made_signed)(vi w, int most) { return most <= 127 ? w : K(flip)(w); }
 static INLINE int32_t K(bias_left)(int bias, int most, int32_t minus_sum) { return most <= 127 ? bias * minus_sum : 0; }
 
+/* Sixteen rows' sums begin at bias * minus_sum and take in the products of sixteen columns, a line for every four. */
+static INLINE vi K(sum_from)(int bias, int most, int32_t minus_sum) {
+    return K(fill)(K(bias_left)(bias, most, minus_sum));
+}
+#define LINE(j)                                                                                                        \
+    w = K(made_signed)(line[j], most);                                                                                 \
+    EACH sum.v[i] = vdotq_laneq_s32(sum.v[i], vreinterpretq_s8_s32(w.v[i]), four, j);
+static INLINE vi K(dot_lines)(vi sum, const vi line[4], const int8_t *x, int most) {
+    const int8x16_t four = vld1q_s8(x);
+    vi w;
+    LINE(0) LINE(1) LINE(2) LINE(3) return sum;
+}
+#undef LINE
+
 /* -- Panels, and dots of `dwords` x 4 weights of sixteen rows with the activations of each of `n` tokens ------------ */
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
