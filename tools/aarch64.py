@@ -1,6 +1,6 @@
 """Builds gemma4q for 64-bit Arm and runs tests of it under qemu: NEON without a NEON machine.
 
-    python tools/aarch64.py                                     the kernels' tests, on all instruction sets of --cpu
+    python tools/aarch64.py                                     kernels and whole plans: some twenty minutes
     python tools/aarch64.py tests/test_forward.py -k native     other tests, or a part of them
     python tools/aarch64.py --cpu neoverse-n1                   a processor with dot products but no I8MM
 
