@@ -1,4 +1,10 @@
 /* Which instruction sets were compiled, which this CPU has, and their tables: best first. */
+#ifdef HAVE_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 extern const kernel_table kernels_scalar;
@@ -17,6 +23,25 @@ static int32_t has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+#ifdef HAVE_amx
+extern const kernel_table kernels_amx;
+int32_t amx_sound_amx(void);
+#ifdef AMX_EMULATED
+static int32_t amx_granted(void) { return 1; }
+#else
+/* The CPU has AMX-BF16 and AMX-TILE, and Linux, when asked, lets this process use tiles (ARCH_REQ_XCOMP_PERM). */
+static int32_t amx_granted(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1 &&
+           !syscall(SYS_arch_prctl, 0x1023, 18);
+}
+#endif
+static int32_t has_amx(void) {
+    static _Atomic int32_t known; /* 1: no, 2: yes */
+    if (!known) known = 1 + (has_avx512() && __builtin_cpu_supports("avx512bf16") && amx_granted() && amx_sound_amx());
+    return known - 1;
 }
 #endif
 
@@ -49,6 +74,9 @@ static const struct {
     const kernel_table *table;
     int32_t (*here)(void);
 } levels[] = {
+#ifdef HAVE_amx
+    {&kernels_amx, has_amx},
+#endif
 #ifdef HAVE_avx512
     {&kernels_avx512, has_avx512},
 #endif

@@ -47,7 +47,7 @@ int32_t chunk_count(const op *o, const context *c) {
         case OP_ANGLES: return (rows + 15) / 16;
         case OP_MATMUL: {
             const weight *w = &c->weights[o->weight[0]];
-            const int32_t share = matmul_share(w, rows, c->threads);
+            const int32_t share = matmul_share(w, o, c, c->threads);
             return (w->rows + share - 1) / share;
         }
         case OP_ATTEND: {
@@ -57,13 +57,13 @@ int32_t chunk_count(const op *o, const context *c) {
         case OP_EXPERTS_UP: {
             const weight *w = &c->weights[o->weight[0]];
             const int32_t groups = *(const int32_t *)buffer_row(c, o->in[2], 0);
-            const int32_t share = experts_up_share(w, rows);
+            const int32_t share = matmul_share(w, o, c, 1);
             return groups * (o->weight[1] < 0 ? 1 : 2) * ((w->rows + share - 1) / share);
         }
         case OP_EXPERTS_GELU: return tile_count(rows * o->used, o->size);
         case OP_EXPERTS_DOWN: {
             const weight *w = &c->weights[o->weight[0]];
-            const int32_t share = experts_down_share(w, rows, c->threads);
+            const int32_t share = matmul_share(w, o, c, c->threads);
             return (w->rows + share - 1) / share;
         }
         case OP_TOP_PART: return rows * ((c->buffers[o->in[0]].width + o->size - 1) / o->size);
@@ -119,8 +119,7 @@ static void take_chunks(session *s, int32_t number, int merge, int32_t chunks, k
 static int64_t coming(const session *s, const context *c, int32_t number, int32_t thread, const uint8_t **ahead) {
     if (number < 0 || number >= s->end) return 0;
     const weight *w = &c->weights[s->ops[number].weight[0]];
-    const int64_t share = matmul_share(w, rows_of(&s->ops[number], c), c->threads),
-                  chunks = (w->rows + share - 1) / share;
+    const int64_t share = matmul_share(w, &s->ops[number], c, c->threads), chunks = (w->rows + share - 1) / share;
     const int64_t first = chunks * thread / c->threads * share, end = chunks * (thread + 1) / c->threads * share;
     const int64_t each = row_bytes(w->type, w->cols), bytes = ((end < w->rows ? end : w->rows) - first) * each;
     *ahead = (const uint8_t *)(uintptr_t)w->data + first * each;
@@ -276,7 +275,8 @@ session *session_new(pool *threads, int32_t isa, const op *ops, int32_t count, c
     }
     s->matmul[count] = -1;
     for (int32_t i = count; i--;) s->matmul[i] = ops[i].code == OP_MATMUL ? i : s->matmul[i + 1];
-    s->step = (context){.buffers = s->buffers,
+    s->step = (context){.amx = s->kernels->round != NULL,
+                        .buffers = s->buffers,
                         .weights = s->weights,
                         .kv = s->kv,
                         .arena = arena,
@@ -297,6 +297,7 @@ void session_free(session *s) {
     free(s->matmul);
     free(s);
 }
+int64_t activation_bytes(int32_t isa, int32_t cols) { return rounded_bytes(kernels_of(isa)->round != NULL, cols); }
 int64_t scratch_bytes(int32_t threads) { return (int64_t)threads * THREAD_BYTES; }
 
 /* -- Without a plan: for tests and the bench ----------------------------------------------------------- */
@@ -308,52 +309,64 @@ typedef struct {
     float *y;
     uint8_t *scratch;
     int64_t x_stride;
-    int32_t count, rows;
+    int32_t count, rows, prompt;
 } once;
 
 /* A thread has the same rows of every matrix, so that they need not wait for each other. */
 static void matmul_share_once(void *arg, int32_t thread, int32_t threads) {
     const once *m = arg;
     uint8_t *scratch = m->scratch + (int64_t)thread * THREAD_BYTES;
-    const void *x[512];
-    float *y[512];
-    const int32_t share = matmul_share(m->weights, m->rows, threads), chunks = (m->weights->rows + share - 1) / share;
+    const void *x[MOST_TOKENS];
+    float *y[MOST_TOKENS];
+    const weight *any = m->weights;
+    const int32_t on_tiles = m->kernels->round && any->type != TYPE_F32 ? m->prompt : 0;
+    const int32_t share = share_rows(any->rows, row_bytes(any->type, any->cols), m->rows, on_tiles, threads);
+    const int32_t chunks = (any->rows + share - 1) / share;
     const int32_t begin = (int32_t)((int64_t)chunks * thread / threads),
                   end = (int32_t)((int64_t)chunks * (thread + 1) / threads);
     for (const weight *w = m->weights; w < m->weights + m->count; w++)
         for (int32_t n = begin; n < end; n++) {
             const int64_t first = (int64_t)n * share, height = w->rows - first < share ? w->rows - first : share;
-            for (int32_t r0 = 0; r0 < m->rows; r0 += 512) {
-                const int32_t rows = m->rows - r0 < 512 ? m->rows - r0 : 512;
+            for (int32_t r0 = 0; r0 < m->rows; r0 += MOST_TOKENS) {
+                const int32_t rows = m->rows - r0 < MOST_TOKENS ? m->rows - r0 : MOST_TOKENS;
+                const int32_t prompt = m->prompt < r0 ? 0 : m->prompt - r0 < rows ? m->prompt - r0 : rows;
                 for (int32_t r = 0; r < rows; r++) {
                     x[r] = m->x + (r0 + r) * m->x_stride;
                     y[r] = m->y + (int64_t)(r0 + r) * w->rows + first;
                 }
-                m->kernels->matmul(w, first, height, x, y, rows, scratch);
+                m->kernels->matmul(w, first, height, x, y, rows, prompt, scratch);
             }
         }
 }
 int32_t matmul_once(pool *threads, int32_t isa, const weight *weights, int32_t count, const float *x, float *y,
-                    int32_t rows, uint8_t *scratch) {
+                    int32_t rows, int32_t prompt_rows, uint8_t *scratch) {
     const kernel_table *kernels = kernels_of(isa);
     const weight *w = weights;
     const int is_float = w->type == TYPE_F32 || w->type == TYPE_F16 || w->type == TYPE_BF16;
     if (!kernels || !block_of(w->type).bytes || w->rows * row_bytes(w->type, w->cols) > w->bytes) return -1;
-    once m = {.kernels = kernels, .weights = weights, .y = y, .scratch = scratch, .count = count, .rows = rows};
-    block_a8 *quantized = NULL;
+    once m = {.kernels = kernels,
+              .weights = weights,
+              .y = y,
+              .scratch = scratch,
+              .count = count,
+              .rows = rows,
+              .prompt = prompt_rows};
+    uint8_t *rounded = NULL;
     if (is_float) {
         m.x = (const uint8_t *)x;
         m.x_stride = w->cols * (int64_t)sizeof(float);
     } else {
-        quantized = malloc((size_t)rows * (size_t)(w->cols / 32) * sizeof *quantized);
-        if (!quantized) return -1;
-        for (int32_t r = 0; r < rows; r++)
-            kernels->quantize(x + (int64_t)r * w->cols, quantized + (int64_t)r * (w->cols / 32), w->cols);
-        m.x = (const uint8_t *)quantized;
-        m.x_stride = w->cols / 32 * (int64_t)sizeof(block_a8);
+        m.x_stride = rounded_bytes(kernels->round != NULL, w->cols);
+        m.x = rounded = aligned_alloc(64, ((size_t)rows * (size_t)m.x_stride + 63) / 64 * 64);
+        if (!rounded) return -1;
+        for (int32_t r = 0; r < rows; r++) {
+            void *to = rounded + r * m.x_stride;
+            if (kernels->round && r < prompt_rows) kernels->round(x + (int64_t)r * w->cols, to, w->cols);
+            else kernels->quantize(x + (int64_t)r * w->cols, to, w->cols);
+        }
     }
     pool_run(threads, matmul_share_once, &m);
-    free(quantized);
+    free(rounded);
     return 0;
 }
 void quantize_row(int32_t isa, const float *x, block_a8 *y, int32_t cols) { kernels_of(isa)->quantize(x, y, cols); }

@@ -18,6 +18,8 @@ enum {
     STRETCH_COLS = 2048, /* of their columns */
     SHARE_ROWS = 1024,
     SHARE_BYTES = 1 << 16,
+    MOST_TOKENS = 576, /* that share what was unpacked: half of the largest step */
+    AMX_ROWS = 256, /* weight rows unpacked at a time for tiles: they and their sums leave half of the second cache */
     TILE_ELEMENTS = 8192,   /* of a share of an elementwise op */
     LEAD_BYTES = 1 << 14,   /* between what a matmul reads and what it prefetches, at least; whole panels */
     AHEAD_BYTES = 1 << 17,  /* fetched into the second cache while waiting */
@@ -46,6 +48,7 @@ typedef struct {
     int64_t split_bytes; /* of them */
     run_result *result;
     int32_t threads;
+    int32_t amx; /* prompt rows meet all but F32 weights on tiles (kernels/prompt.h) */
 } context;
 
 typedef void (*kernel)(const op *, const context *, int32_t chunk);
@@ -58,16 +61,24 @@ typedef struct {
     const char *row_names[TYPE_COUNT];
     uint64_t (*read)(const uint8_t *data, int64_t bytes);
     void (*quantize)(const float *x, block_a8 *y, int64_t cols);
+    void (*round)(const float *x, bf16 *y, int64_t cols); /* what prompt rows become on tiles; NULL: quantised too */
     kernel attend_merge;
     void (*dequantize[TYPE_COUNT])(const uint8_t *x, float *y, int64_t cols);
     void (*matmul)(const weight *, int64_t first, int64_t rows, const void *const *x, float *const *y, int64_t tokens,
-                   uint8_t *scratch);
+                   int64_t prompt, uint8_t *scratch);
 } kernel_table;
 
 /* -- Where things are ------------------------------------------------------------------------- */
 
 static inline int32_t rows_of(const op *o, const context *c) {
     return o->rows == ROWS_WANTED ? c->head->wanted : c->head->rows;
+}
+/* Of an op's rows those of the prompt class, which come first. */
+static inline int32_t prompt_rows(const op *o, const context *c) {
+    if (o->rows != ROWS_WANTED) return c->head->prompt_rows;
+    int32_t n = 0;
+    while (n < c->head->wanted && c->wanted[n] < c->head->prompt_rows) n++;
+    return n;
 }
 static inline void *buffer_row(const context *c, int32_t number, int64_t row) {
     return c->arena + c->buffers[number].offset + row * c->buffers[number].stride;
@@ -114,24 +125,32 @@ static inline int64_t row_bytes(int32_t type, int64_t cols) {
     return cols / b.values * b.bytes;
 }
 
-/* Weight rows in one share of a matmul: a stretch where many tokens use them, about 64 KiB where few do; there a thread's
- * shares follow each other, so that what it prefetches is what it comes to. */
-static inline int32_t share_rows(int32_t height, int64_t bytes, int32_t tokens, int32_t threads) {
+/* Bytes from row to row of rounded activations: block_a8, or on tiles for prompt rows bf16. Then rows are twice an odd
+ * number of lines apart, so that the same columns of 32 tokens spread evenly over the sets of the first cache. */
+static inline int64_t rounded_bytes(int32_t amx, int64_t cols) {
+    const int64_t lines = cols / 32;
+    return amx ? (lines + (6 - lines % 4) % 4) * 64 : lines * (int64_t)sizeof(block_a8);
+}
+
+/* Weight rows in one share of a matmul: where many tokens use them a stretch, or on tiles about AMX_ROWS in as many
+ * shares for each thread; about 64 KiB where few do. There a thread's shares follow each other, so that what it
+ * prefetches is what it comes to. */
+static inline int32_t share_rows(int32_t height, int64_t bytes, int32_t tokens, int32_t on_tiles, int32_t threads) {
+    if (on_tiles > LANES) {
+        const int32_t shares = (height + AMX_ROWS * threads - 1) / (AMX_ROWS * threads) * threads;
+        return ((height + shares - 1) / shares + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    }
     if (tokens > LANES) return STRETCH_ROWS;
     const int64_t even = height / (4 * threads),
                   most = SHARE_BYTES / bytes < SHARE_ROWS ? SHARE_BYTES / bytes : SHARE_ROWS;
     const int64_t rows = (even < most ? even : most) / LANES * LANES;
     return rows < LANES ? LANES : (int32_t)rows;
 }
-static inline int32_t matmul_share(const weight *w, int32_t tokens, int32_t threads) {
-    return share_rows(w->rows, row_bytes(w->type, w->cols), tokens, threads);
+static inline int32_t rows_on_tiles(const weight *w, const op *o, const context *c) {
+    return c->amx && w->type != TYPE_F32 ? prompt_rows(o, c) : 0;
 }
-/* The same of an expert's matrices: gate and up are one of many pieces of work, down is all there is. */
-static inline int32_t experts_up_share(const weight *w, int32_t rows) {
-    return share_rows(w->rows, row_bytes(w->type, w->cols), rows, 1);
-}
-static inline int32_t experts_down_share(const weight *w, int32_t rows, int32_t threads) {
-    return share_rows(w->rows, row_bytes(w->type, w->cols), rows, threads);
+static inline int32_t matmul_share(const weight *w, const op *o, const context *c, int32_t threads) {
+    return share_rows(w->rows, row_bytes(w->type, w->cols), rows_of(o, c), rows_on_tiles(w, o, c), threads);
 }
 /* The first and the last position that a row sees. */
 static inline int32_t seen_from(const op *o, const batch_row *r) {

@@ -56,7 +56,7 @@ typedef enum {
     OP_GELU_MUL,    /* out = gelu(a) * b[part * width ...] */
     OP_ANGLES,      /* out = cosines, then sines, of position * base^(-2i / size) / weight[i], `pairs` of each */
     OP_ROPE,        /* the first `pairs` half-split pairs of every head turned by the angles of in[1] */
-    OP_QUANTIZE,    /* out (A8) = in (F32) */
+    OP_QUANTIZE,    /* out (A8) = in (F32); prompt rows as bf16 where an instruction set has tiles */
     OP_MATMUL,      /* out = in . weight' */
     OP_STORE_KV,    /* keys and values into the pages of kv_layer */
     OP_ATTEND,      /* out = softmax(q . K) . V over what the row may see */
@@ -199,6 +199,7 @@ session *session_new(pool *, int32_t isa, const op *, int32_t ops, const buffer 
                      uint8_t *arena, uint8_t *scratch, float *split, int64_t split_bytes);
 void session_free(session *);
 int64_t scratch_bytes(int32_t threads);
+int64_t activation_bytes(int32_t isa, int32_t cols);    /* from row to row of an A8 buffer */
 int32_t session_run(session *, const uint8_t *batch, run_result *, const int32_t *cancel, int32_t first_op, int32_t end_op);
 
 /* A mapped file that shrinks under us reads as zeros from then on, and says so. */
@@ -207,8 +208,10 @@ int32_t mapping_poisoned(int32_t slot);
 void mapping_release(int32_t slot);
 
 /* Matmuls without a plan, for tests and the bench: y [rows, w->rows] = x [rows, w->cols] . W', both F32, of each of
- * `count` matrices of one shape and type; the last one's result stays. */
-int32_t matmul_once(pool *, int32_t isa, const weight *, int32_t count, const float *x, float *y, int32_t rows, uint8_t *scratch);
+ * `count` matrices of one shape and type; the last one's result stays. The first `prompt_rows`
+ * rows are a prompt's. */
+int32_t matmul_once(pool *, int32_t isa, const weight *, int32_t count, const float *x, float *y, int32_t rows,
+                    int32_t prompt_rows, uint8_t *scratch);
 void quantize_row(int32_t isa, const float *x, block_a8 *y, int32_t cols);
 int32_t dequantize_row(int32_t isa, int32_t type, const uint8_t *x, float *y, int32_t cols);
 double read_bandwidth(pool *, const uint8_t *data, int64_t bytes);     /* bytes a second */

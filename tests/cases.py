@@ -75,10 +75,14 @@ def blocks(kind: TensorType, rows: int, cols: int, random: np.random.Generator) 
 
 @dataclass(frozen=True)
 class Matmul:
-    """matmul_once on one instruction set; its scratch and its results stand between fences."""
+    """matmul_once on one instruction set; its scratch and its results stand between fences.
+
+    prompt: of the tokens so many are prompt rows, which is seen only where there are tiles.
+    """
 
     isa: str
     threads: int = 1
+    prompt: int = 0
 
     def __call__(self, kind: TensorType, data: np.ndarray, cols: int, x: np.ndarray) -> np.ndarray:
         """[tokens, rows] of x [tokens, cols] and weights uint8 [rows, bytes]."""
@@ -92,7 +96,8 @@ class Matmul:
             out[:] = 12345.0
             status = lib.matmul_once(
                 pool, NAMES.index(self.isa), ffi.cast("weight *", entry.ctypes.data), 1,
-                ffi.cast("float *", x.ctypes.data), ffi.cast("float *", out[at:].ctypes.data), tokens, address(scratch),
+                ffi.cast("float *", x.ctypes.data), ffi.cast("float *", out[at:].ctypes.data), tokens,
+                self.prompt, address(scratch),
             )  # fmt: skip
             assert status == 0
         assert (before[:16] == 12345.0).all() and (y[tokens * rows :] == 12345.0).all(), "written beyond the result"

@@ -69,6 +69,11 @@ def run(engine, *answers) -> list[list[int]]:
     return [each.tokens for each in answers]
 
 
+def classes_differ(model) -> bool:
+    """Whether a token that was generated is computed otherwise than one that was given."""
+    return getattr(model.session, "classes_differ", False)
+
+
 def same(model, a, b) -> None:
     np.testing.assert_allclose(a, b, atol=0 if model.backend.name == "native" else 2e-4, rtol=0)
 
@@ -80,14 +85,18 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(model, rows):
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3, 63, 64, 65, 130])
 def test_tokens_one_by_one_give_the_logits_of_the_prompt_at_every_edge_of_window_and_page(model, length):
+    """As generated tokens, or where that makes a difference as short prompts."""
     whole = score(engine(model, wanted=200), ids(1, length + 3))
+    generated = not classes_differ(model)
     session = engine(model)
     history = session.cache.open(np.array([0]))
     for start, count in ((0, length), (length, 1), (length + 1, 1), (length + 2, 1)):
         history.extend(count)
         tokens = ids(1, length + 3)[start : start + count]
         want = int(RowFlag.WANT_LOGITS)
-        session.batch.fill([Step(tokens, start, *history.tables(start + count), generated=start > 0, want=want)])
+        session.batch.fill(
+            [Step(tokens, start, *history.tables(start + count), generated=generated and start > 0, want=want)]
+        )
         result = session.session.run(session.batch)
         history.commit(np.array(tokens))
         same(model, result.logits[0], whole[start + count - 1])
@@ -155,7 +164,9 @@ def test_an_answer_is_part_of_the_prefix_that_later_turns_resume(model):
     run(runner, first)
     later = answer(model, [*ids(0, 30), *first.tokens, *ids(3, 9)], 5)
     run(runner, later)
-    assert later.stats.reused_tokens == 30 + 8, "the last token of an answer was never computed"
+    reused = 30 if classes_differ(model) else 30 + 8
+    assert later.stats.reused_tokens == reused, "the last token of an answer was never computed"
+    assert run(engine(model), answer(model, later.prompt.ids, 5)) == [later.tokens]
 
 
 def test_a_turn_resumes_where_the_last_answer_began_however_long_that_was(model):
@@ -266,6 +277,8 @@ def test_the_same_seed_says_the_same_and_another_does_not(model):
 
 def test_an_answer_given_back_as_a_prompt_goes_on_the_same(model):
     """What is drawn depends on seed and position, not on how often was drawn before."""
+    if classes_differ(model):
+        pytest.skip("a token that is given back is computed otherwise than one that was generated")
     options = SamplingOptions(seed=7)
     whole = run(engine(model), answer(model, ids(0, 10), 20, options))[0]
     assert run(engine(model), answer(model, [*ids(0, 10), *whole[:8]], 12, options)) == [whole[8:]]
@@ -334,6 +347,8 @@ def test_choosing_from_all_logits_says_what_choosing_from_the_best_says(model):
     some = answer(model, ids(0, 20), 30, options)
     every = answer(model, ids(0, 20), 30, options.but(logprobs=3))
     assert run(engine(model), some) == run(engine(model), every)
+    if classes_differ(model):
+        pytest.skip("a token that is given is computed otherwise than one that was generated")
     logits = score(engine(model, wanted=100), [*ids(0, 20), *every.tokens])[19:-1].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     for row, token, (chosen, best) in zip(expected, every.tokens, every.logprobs, strict=True):

@@ -86,7 +86,7 @@ def test_threads_leave_no_trace(kind, isa):
 
 @each_kind
 def test_calls_of_more_tokens_than_one_round_takes(kind):
-    data, x = case(kind, 17, 256, 515)
+    data, x = case(kind, 17, 256, 579)
     wanted = expected(kind, data, x)
     for isa in ISAS:
         check(kind, isa, data, x, 256, wanted)

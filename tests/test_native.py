@@ -8,7 +8,7 @@ import pytest
 import test_portable as small
 from cases import FLOATS, ISAS, KINDS, LIMITS, LOGITS, Model, Runner, same, step
 from tiny import tiny
-from twin import Twin
+from twin import Twin, on_each_isa
 
 from gemma4q.abi import BufferType, OpCode, RowFlag, Status, TensorType, lib
 from gemma4q.backends import get
@@ -56,14 +56,15 @@ def rows(x: np.ndarray, start=0, **more):
 
 
 def test_a_plan_gives_the_twins_bits_in_every_type(model):
-    """A prompt, then two tokens one by one, on every instruction set with one thread or three."""
-    steps = [step(TOKENS[:34]), *(step(TOKENS[i : i + 1], i, generated=True) for i in (34, 35))]
-    expected = [twin.run(s) for twin in [Runner(model, Twin())] for s in steps]
-    for isa in ISAS:
+    """A prompt, then two tokens one by one, the last beside a prompt, on every instruction set, one thread or three."""
+    generated = [step(TOKENS[i : i + 1], i, generated=True) for i in (34, 35)]
+    steps = [(step(TOKENS[:34]),), generated[:1], (step(TOKENS[40:61], pages=[9]), generated[1])]
+    twins = on_each_isa(lambda twin: [runner.run(*s) for runner in [Runner(model, twin)] for s in steps])
+    for isa, expected in twins.items():
         for threads in (1, 3):
             runner = Runner(model, isa=isa, threads=threads)
             for s, wanted in zip(steps, expected, strict=True):
-                found = runner.run(s)
+                found = runner.run(*s)
                 assert found.status == Status.OK
                 for name in ("logits", "hidden", "top_values", "top_ids"):
                     same(getattr(found, name), getattr(wanted, name))
@@ -76,8 +77,7 @@ def test_a_file_of_mixed_types_gives_the_twins_bits(tmp_path, moe):
     (tmp_path / "tiny.gguf").write_bytes(tiny(moe).bytes())
     tiny_model = Model.open(tmp_path / "tiny.gguf")
     ids = np.random.default_rng(1).integers(0, tiny_model.vocab, 50)
-    wanted = Runner(tiny_model, Twin()).logits(step(ids))
-    for isa in ISAS:
+    for isa, wanted in on_each_isa(lambda twin: Runner(tiny_model, twin).logits(step(ids))).items():
         same(Runner(tiny_model, isa=isa, threads=2).logits(step(ids)), wanted)
 
 
@@ -98,11 +98,13 @@ def test_every_op_is_served_by_a_kernel_named_for_its_type_and_instruction_set(m
         assert seen == set(OpCode) - {OpCode.COUNT} - (set() if quantized else {OpCode.QUANTIZE})
 
 
-def test_buffers_can_be_read_between_ops(q4):
-    """Where the buffers differ in kind: floats, rounded activations, and choices of experts."""
-    native, twin = Runner(q4), Runner(q4, Twin())
+@pytest.mark.parametrize("isa", ISAS)
+def test_buffers_can_be_read_between_ops(q4, isa):
+    """Where the buffers differ in kind: floats, activations rounded in either class, and choices of experts."""
+    native, twin = Runner(q4, isa=isa), Runner(q4, Twin(isa))
+    given = step(TOKENS[:12], pages=[1]), step(TOKENS[12:20], pages=[0], generated=True)
     for runner in (native, twin):
-        runner.batch.fill([step(TOKENS[:20])])
+        runner.batch.fill(given)
     compared = set()
     for number, op in enumerate(native.session.plan.ops):
         for runner in (native, twin):
@@ -111,7 +113,8 @@ def test_buffers_can_be_read_between_ops(q4):
             continue
         found, wanted = (runner.session.read(op.out.name)[:20] for runner in (native, twin))
         if op.out.type == BufferType.A8:
-            wanted = (wanted["d"][..., None] * wanted["qs"]).reshape(20, -1)
+            wanted = (wanted["d"][..., None] * wanted["qs"]).reshape(20, -1), wanted["bf16"].reshape(20, -1)
+            wanted = np.where((isa == "amx") & (np.arange(20) < 12)[:, None], *wanted[::-1])
         if op.out.type == BufferType.I32:
             np.testing.assert_array_equal(found, wanted)
         else:
@@ -121,8 +124,9 @@ def test_buffers_can_be_read_between_ops(q4):
 
 
 def test_memory_is_what_was_said_before(q4):
-    said = get("native").memory(q4.plan, q4.tensors, LIMITS, TensorType.F16, 3)
-    assert Runner(q4, threads=3, kv=TensorType.F16).session.bytes == said
+    for isa in (*ISAS, None):
+        said = get("native").memory(q4.plan, q4.tensors, LIMITS, TensorType.F16, 3, isa)
+        assert Runner(q4, threads=3, kv=TensorType.F16, isa=isa).session.bytes == said
 
 
 def test_weights_are_counted_once_a_step_and_experts_once_each(q4):
@@ -156,12 +160,11 @@ def test_vectors_stand_between_tokens_and_have_the_row_of_token_0(q4):
     vector[[0, 3, 4, 5, 39]] = np.arange(5)[::-1]
     vectors = np.random.default_rng(5).standard_normal((5, small.WIDTH)).astype("f4")
     given = step(TOKENS[:40], vector=vector, vectors=vectors)
-    wanted = Runner(q4, Twin()).logits(given)
     tokens = TOKENS[:40].copy()
     tokens[vector >= 0] = -1  # of no meaning there
-    for isa in ISAS:
+    for isa, wanted in on_each_isa(lambda twin: Runner(q4, twin).logits(given)).items():
         same(Runner(q4, isa=isa).logits(step(tokens, vector=vector, vectors=vectors)), wanted)
-    same(Runner(q4).logits(step(TOKENS[40:42], pages=[9]), given)[2:], wanted)
+        same(Runner(q4, isa=isa).logits(step(TOKENS[40:42], pages=[9]), given)[2:], wanted)
 
 
 def test_a_table_cut_short_is_noticed(tmp_path):

@@ -1,21 +1,26 @@
 """The C kernels' arithmetic in numpy, bit for bit: the reference's plan, each sum in the order csrc/kernels writes it.
 
+Prompt rows on tiles have an arithmetic of their own, so that there is a twin of `amx` and one of all others.
 One thing is left to the reference: logsumexp ends in libm's logf, which numpy does not offer. All else is float32
 operations that round once, of which only fma and the double functions behind the angles need help here.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+from cases import ISAS
 
 from gemma4q.abi import RowFlag, TensorType, dtype
 from gemma4q.backends.reference import Reference, ReferenceSession, rounded
-from gemma4q.gguf.quants import FORMATS, Planes, dequantize, planes
+from gemma4q.gguf.quants import FORMATS, Planes, dequantize, planes, to_bf16
 from gemma4q.plan.fuse import quantize_inputs
 
 A8 = dtype("block_a8")
+BOTH = np.dtype([*((name, A8[name]) for name in A8.names), ("bf16", "f4", 32)])  # a block in either class
 F = np.float32
 LANES, ATTEND_BLOCK, ATTEND_SPAN = 16, 512, 1024
+TINY = np.finfo(F).tiny
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -90,8 +95,17 @@ def quantize_blocks(x: np.ndarray) -> np.ndarray:
     return y
 
 
-def product(x: np.ndarray, w: np.ndarray | Planes) -> np.ndarray:
-    """[tokens, rows]: x float32 [tokens, cols] or block_a8 [tokens, cols / 32] against a matrix of matmul.h's."""
+def product(x: np.ndarray, w: np.ndarray | Planes, prompt: np.ndarray | None = None) -> np.ndarray:
+    """[tokens, rows]: x float32 [tokens, cols] or blocks [tokens, cols / 32] against a matrix of matmul.h's.
+
+    prompt: which tokens are multiplied on tiles.
+    """
+    if prompt is not None and prompt.any():
+        y = np.zeros((len(x), len(w.q if isinstance(w, Planes) else w)), F)
+        y[prompt] = tile_product(x["bf16"][prompt].reshape(prompt.sum(), -1) if x.dtype.names else x[prompt], w)
+        if not prompt.all():
+            y[~prompt] = product(x[~prompt], w)
+        return y
     if not isinstance(w, Planes):
         y = np.zeros((len(x), len(w)), F)
         for k in range(x.shape[1]):
@@ -111,6 +125,46 @@ def product(x: np.ndarray, w: np.ndarray | Planes) -> np.ndarray:
     return y
 
 
+def flushed(x: np.ndarray) -> np.ndarray:
+    """Denormals as zeros."""
+    return np.where(np.abs(x) < TINY, np.copysign(F(0), x), x)
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """fma whose result is flushed as x86 flushes it: when rounded to 24 bits, of any exponent, it is a denormal's size.
+
+    That differs for what lies within half an ulp of the least normal number, which fma's float64 still tells apart.
+    """
+    total = np.asarray(a, "f8") * b + c
+    y = fma(a, b, c)
+    return np.where(np.abs(total) < float(TINY) * (1 - 2.0**-25), np.copysign(F(0), y), y)
+
+
+def to_tiles(x: np.ndarray) -> np.ndarray:
+    """float32 as bf16, to nearest even, as AVX512-BF16 has it: denormals are zeros."""
+    return (to_bf16(flushed(x)).astype("u4") << 16).view(F)
+
+
+def exact_weights(w: np.ndarray | Planes) -> np.ndarray:
+    """[rows, cols] as the kernels unpack them to tiles: one rounding to float32."""
+    if not isinstance(w, Planes):
+        return w
+    scale = np.repeat(w.scale, w.group, -1)
+    return w.q.astype(F) * scale if w.minimum is None else fma(w.q, scale, np.repeat(w.minimum, w.group, -1))
+
+
+def tile_product(x: np.ndarray, w: np.ndarray | Planes) -> np.ndarray:
+    """[tokens, rows] of float32 [tokens, cols] in the arithmetic of prompt rows on tiles: csrc/simd/amx.h."""
+    x, w = to_tiles(x), to_tiles(exact_weights(w))
+    y = np.zeros((len(x), len(w)), F)
+    for block in range(0, x.shape[1], 32):
+        sums = [np.zeros_like(y), np.zeros_like(y)]
+        for k in range(block, block + 32):
+            sums[k % 2] = fused(x[:, k, None], w[:, k], sums[k % 2])
+        y = flushed(flushed(y) + flushed(sums[0] + sums[1]))
+    return y
+
+
 def kept(x: np.ndarray, kind: TensorType) -> tuple[np.ndarray, np.ndarray]:
     """Keys or values [..., dim] as a page keeps them: numbers, and scales of 32 each (1 where the type has none)."""
     groups = -(-x.shape[-1] // 32)
@@ -123,17 +177,29 @@ def kept(x: np.ndarray, kind: TensorType) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Twin(Reference):
-    """A backend like the reference, but for each bit."""
+    """A backend like the reference, but for each bit of an instruction set's, or of the best one's."""
 
     name = "twin"
 
+    def __init__(self, of: str = ISAS[0]):
+        super().__init__()
+        self.tiles = of == "amx"
+
     def load(self, plan, tensors, limits, kv=TensorType.F32, threads=1, isa=None) -> "TwinSession":
-        return TwinSession(quantize_inputs(plan, {n: t.type for n, t in tensors.items()}), tensors, limits, kv)
+        plan = quantize_inputs(plan, {n: t.type for n, t in tensors.items()})
+        return TwinSession(self.tiles, plan, tensors, limits, kv)
+
+
+def on_each_isa(run: Callable[[Twin], object]) -> dict[str, object]:
+    """What `run` gives with the twin of each instruction set here; those that are alike run once."""
+    found = {tiles: run(Twin("amx" if tiles else "scalar")) for tiles in {isa == "amx" for isa in ISAS}}
+    return {isa: found[isa == "amx"] for isa in ISAS}
 
 
 class TwinSession(ReferenceSession):
-    def __init__(self, *given):
+    def __init__(self, tiles: bool, *given):
         super().__init__(*given)
+        self.tiles = tiles
         self.scales = {n: np.zeros((*p.shape[:-1], -(-p.shape[-1] // 32)), F) for n, p in self.pages.items()}
 
     def run(self, *given):
@@ -149,10 +215,20 @@ class TwinSession(ReferenceSession):
         return part(self.cached[w.tensor], slice(w.first, w.first + w.rows) if w.rows else slice(None))
 
     def quantize(self, op, x):
-        return quantize_blocks(x)
+        blocks = quantize_blocks(x)
+        both = np.zeros(blocks.shape, BOTH)
+        both[list(A8.names)] = blocks
+        both["bf16"] = to_tiles(x).reshape(both["bf16"].shape)
+        return both
+
+    def prompt(self, op) -> np.ndarray | None:
+        """Which rows of a matrix's op are multiplied on tiles."""
+        if not self.tiles or self.tensors[op.weights[0].tensor].type == TensorType.F32:
+            return None
+        return self._rows(op)["flags"] & RowFlag.GENERATED == 0
 
     def matmul(self, op, x, w):
-        return product(x, w)
+        return product(x, w, self.prompt(op))
 
     def rms_norm(self, op, x, w=None):
         runs = x.reshape(len(x), -1, op.args["size"])
@@ -268,7 +344,7 @@ class TwinSession(ReferenceSession):
         return np.concatenate([best.astype("i4"), share.view("i4")], axis=1)
 
     def experts_up(self, op, x, route, _group, *matrices):
-        parts = [self._expert_rows(x[:, None], route[:, : op.args["used"]], w) for w in matrices]
+        parts = [self._expert_rows(op, x[:, None], route[:, : op.args["used"]], w) for w in matrices]
         return np.concatenate(parts, -1).reshape(len(x), -1)
 
     def experts_gelu(self, op, x):
@@ -277,19 +353,21 @@ class TwinSession(ReferenceSession):
 
     def experts_down(self, op, x, route, _group, down):
         used = op.args["used"]
-        y = self._expert_rows(x.reshape(len(x), used, -1), route[:, :used], down)
+        y = self._expert_rows(op, x.reshape(len(x), used, -1), route[:, :used], down)
         share = np.ascontiguousarray(route[:, used:]).view(F)
         total = np.zeros((len(x), y.shape[-1]), F)
         for n in range(used):
             total = total + share[:, n, None] * y[:, n]
         return total
 
-    def _expert_rows(self, x, chosen, w):
+    def _expert_rows(self, op, x, chosen, w):
         """[rows, used, out]: x [rows, 1 or used, ...] times the matrix of each chosen expert."""
         x = np.broadcast_to(x, (*chosen.shape, x.shape[-1]))
         out = np.zeros((*chosen.shape, (w.q if isinstance(w, Planes) else w).shape[1]), F)
+        prompt = self.prompt(op)
         for e in np.unique(chosen):
-            out[chosen == e] = product(x[chosen == e], part(w, int(e)))
+            given = None if prompt is None else np.broadcast_to(prompt[:, None], chosen.shape)[chosen == e]
+            out[chosen == e] = product(x[chosen == e], part(w, int(e)), given)
         return out
 
 

@@ -1,5 +1,7 @@
 """Builds the C library with sanitizers and runs tests on it: what reads too far, overflows or races is named.
 
+Tiles (AMX) are emulated, since sanitizers do not see what the CPU's own read.
+
     python tools/sanitize.py                                    address + undefined behaviour, the kernels' tests
     python tools/sanitize.py tests/test_native.py -k cache      other tests, or a part of them
     python tools/sanitize.py --threads                          data races instead, whole plans on three threads
@@ -17,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = {
-    "address,undefined": ["tests/test_kernels.py", "tests/test_attend.py", "tests/test_native.py"],
+    "address,undefined": ["tests/test_kernels.py", "tests/test_attend.py", "tests/test_native.py", "tests/test_amx.py"],
     "thread": ["tests/test_native.py", "-k", "twins_bits or cancelled or share_a_process"],
 }
 # Python itself leaks; a fence or a cut file is meant to fault; races are looked for in our library alone.
@@ -35,17 +37,10 @@ sys.exit(pytest.main(["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", *
 """
 
 
-def build(room: Path, sanitizers: str) -> Path:
-    """The library, compiled and put somewhere below `room`."""
-    option = "SANITIZE=ON" if sanitizers == "address,undefined" else f"CMAKE_C_FLAGS=-g -fsanitize={sanitizers}"
-    given = [
-        "--quiet",
-        "--upgrade",
-        "--no-deps",
-        "--no-build-isolation",
-        f"-Ccmake.define.{option}",
-        f"-Cbuild-dir={room}/build",
-    ]
+def build(room: Path, *options: str) -> Path:
+    """The library, compiled with these of CMake's options and put somewhere below `room`."""
+    given = ["--quiet", "--upgrade", "--no-deps", "--no-build-isolation", f"-Cbuild-dir={room}/build"]
+    given += [f"-Ccmake.define.{option}" for option in options]
     command = [sys.executable, "-m", "pip", "install", *given, "--target", room / "package", ROOT]
     subprocess.run(command, check=True, env=os.environ | {"GEMMA4Q_REQUIRE_NATIVE": "1"})
     return next((room / "package").rglob("_native*.so"))
@@ -65,8 +60,9 @@ def main() -> None:
     )
     given, tests = parser.parse_known_args()
     sanitizers = "thread" if given.threads else "address,undefined"
+    option = "CMAKE_C_FLAGS=-g -fsanitize=thread" if given.threads else "SANITIZE=ON"
     with tempfile.TemporaryDirectory() as fresh:
-        library = build(given.room or Path(fresh), sanitizers)
+        library = build(given.room or Path(fresh), option, "AMX_EMULATED=ON")
         environment = os.environ | OPTIONS | {"LD_PRELOAD": runtimes(library)}
         command = [sys.executable, "-c", RUN, library, *(tests or USUAL[sanitizers])]
         sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)

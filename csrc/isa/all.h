@@ -10,10 +10,16 @@
 #include "../kernels.h"
 
 #include SIMD
+#ifdef AMX
+#include AMX
+#endif
 #include "../quants/decode.h"
 #include "../kernels/elementwise.h"
 #include "../kernels/embed.h"
 #include "../kernels/unpack.h"
+#ifdef AMX
+#include "../kernels/prompt.h"
+#endif
 #include "../kernels/matmul.h"
 #include "../kernels/experts.h"
 #include "../kernels/attend.h"
@@ -36,7 +42,10 @@ const kernel_table K(kernels) = {
     .attend_merge = K(attend_merge),
     .read = K(read),
     .quantize = K(quantize_blocks),
-    .matmul = K(matmul_stretch),
+#ifdef AMX
+    .round = K(round_blocks),
+#endif
+    .matmul = K(matmul_rows),
     .matmul_names =
         {
             [TYPE_F32] = TEXT(K(matmul_f32)),

@@ -167,7 +167,14 @@ static void K(quantize_blocks)(const float *x, block_a8 *y, int64_t cols) {
 
 static void K(quantize)(const op *o, const context *c, int32_t chunk) {
     const tile t = tile_at(rows_of(o, c), c->buffers[o->out].width, chunk);
-    for (int32_t r = t.row; r < t.row + t.rows; r++)
-        K(quantize_blocks)((const float *)buffer_row(c, o->in[0], r) + t.col,
-                           (block_a8 *)buffer_row(c, o->out, r) + t.col / 32, t.cols);
+    for (int32_t r = t.row; r < t.row + t.rows; r++) {
+        const float *x = (const float *)buffer_row(c, o->in[0], r) + t.col;
+#ifdef AMX
+        if (r < prompt_rows(o, c)) {
+            K(round_blocks)(x, (bf16 *)buffer_row(c, o->out, r) + t.col, t.cols);
+            continue;
+        }
+#endif
+        K(quantize_blocks)(x, (block_a8 *)buffer_row(c, o->out, r) + t.col / 32, t.cols);
+    }
 }

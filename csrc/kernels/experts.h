@@ -55,6 +55,13 @@ static inline K(expert_group) K(group_at)(const op *o, const context *c, int32_t
     const int32_t first = groups[2 + 2 * g], end = g + 1 < groups[0] ? groups[4 + 2 * g] : groups[2 * o->experts + 1];
     return (K(expert_group)){groups[1 + 2 * g], end - first, groups + 2 * o->experts + 2 + first};
 }
+/* Pairs of prompt rows, which come first in every group. */
+static inline int32_t K(prompt_pairs)(const op *o, const context *c, const int32_t *pairs, int32_t count) {
+    const int32_t end = prompt_rows(o, c) * o->used;
+    int32_t n = 0;
+    while (n < count && pairs[n] < end) n++;
+    return n;
+}
 static inline weight K(expert)(const weight *all, int32_t e) {
     weight w = *all;
     w.data += (uint64_t)e * (uint64_t)w.rows * (uint64_t)row_bytes(w.type, w.cols);
@@ -64,8 +71,7 @@ static inline weight K(expert)(const weight *all, int32_t e) {
 /* One share: some rows of one expert, gate and up in one tensor or in two. */
 static void K(experts_up)(const op *o, const context *c, int32_t chunk) {
     const weight *gate = &c->weights[o->weight[0]];
-    const int32_t height = gate->rows, share = experts_up_share(gate, rows_of(o, c)),
-                  shares = (height + share - 1) / share;
+    const int32_t height = gate->rows, share = matmul_share(gate, o, c, 1), shares = (height + share - 1) / share;
     const int32_t tensors = o->weight[1] < 0 ? 1 : 2, which = chunk / shares % tensors;
     const K(expert_group) group = K(group_at)(o, c, chunk / shares / tensors);
     const weight w = K(expert)(&c->weights[o->weight[which]], group.expert);
@@ -79,7 +85,8 @@ static void K(experts_up)(const op *o, const context *c, int32_t chunk) {
             x[i] = buffer_row(c, o->in[0], row);
             y[i] = (float *)buffer_row(c, o->out, row) + ((int64_t)slot * tensors + which) * height + first;
         }
-        K(matmul_stretch)(&w, first, rows, x, y, n, (uint8_t *)(y + MOST_TOKENS));
+        const int32_t prompt = K(prompt_pairs)(o, c, group.pairs + at, n);
+        K(matmul_rows)(&w, first, rows, x, y, n, prompt, (uint8_t *)(y + MOST_TOKENS));
     }
 }
 
@@ -93,18 +100,23 @@ static void K(experts_gelu)(const op *o, const context *c, int32_t chunk) {
     }
 }
 
+/* What one expert gets of a row: floats, or rounded as the row's class has it. */
+static inline int64_t K(slot_bytes)(const op *o, const context *c, int prompt) {
+    if (c->buffers[o->in[0]].type == BUFFER_F32) return o->size * (int64_t)sizeof(float);
+    return c->amx && prompt ? o->size * (int64_t)sizeof(bf16) : o->size / 32 * (int64_t)sizeof(block_a8);
+}
+
 /* One share: some of the result's columns for every row, expert after expert. */
 static void K(experts_down)(const op *o, const context *c, int32_t chunk) {
-    enum { TOGETHER = 256 }; /* rows of a stretch, or sixteen of a long share */
+    enum { TOGETHER = 256 }; /* rows of a share of up to AMX_ROWS, or sixteen of a long one */
     const weight *all = &c->weights[o->weight[0]];
     const int32_t rows = rows_of(o, c), groups = *(const int32_t *)buffer_row(c, o->in[2], 0);
-    const int32_t share_width = experts_down_share(all, rows, c->threads);
+    const int32_t share_width = matmul_share(all, o, c, c->threads);
     const int64_t first = (int64_t)chunk * share_width;
     const int64_t width = all->rows - first < share_width ? all->rows - first : share_width;
-    const int64_t slot_bytes = c->buffers[o->in[0]].stride / o->used;
     const void **x = (const void **)c->scratch;
     float **y = (float **)(x + TOGETHER), *part = (float *)(y + TOGETHER);
-    uint8_t *scratch = (uint8_t *)(part + LANES * SHARE_ROWS);
+    uint8_t *scratch = (uint8_t *)(part + TOGETHER * AMX_ROWS);
     for (int32_t r = 0; r < rows; r++)
         __builtin_memset((float *)buffer_row(c, o->out, r) + first, 0, (size_t)width * sizeof(float));
     for (int32_t g = 0; g < groups; g++) {
@@ -112,12 +124,13 @@ static void K(experts_down)(const op *o, const context *c, int32_t chunk) {
         const weight w = K(expert)(all, group.expert);
         for (int32_t at = 0; at < group.count; at += TOGETHER) {
             const int32_t n = group.count - at < TOGETHER ? group.count - at : TOGETHER;
+            const int32_t prompt = K(prompt_pairs)(o, c, group.pairs + at, n);
             for (int32_t i = 0; i < n; i++) {
                 const int32_t row = group.pairs[at + i] / o->used, slot = group.pairs[at + i] % o->used;
-                x[i] = (const uint8_t *)buffer_row(c, o->in[0], row) + slot * slot_bytes;
+                x[i] = (const uint8_t *)buffer_row(c, o->in[0], row) + slot * K(slot_bytes)(o, c, i < prompt);
                 y[i] = part + i * width;
             }
-            K(matmul_stretch)(&w, first, width, x, y, n, scratch);
+            K(matmul_rows)(&w, first, width, x, y, n, prompt, scratch);
             for (int32_t i = 0; i < n; i++) {
                 const int32_t row = group.pairs[at + i] / o->used, slot = group.pairs[at + i] % o->used;
                 const float share = ((const float *)buffer_row(c, o->in[1], row))[o->used + slot];

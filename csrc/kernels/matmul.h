@@ -8,8 +8,7 @@
 
 enum {
     PANELS = STRETCH_ROWS / LANES,
-    MOST_TOKENS = 512, /* of one call's pointers */
-    TILE_BATCH = 60,   /* tokens whose result pointers are laid out at a time */
+    TILE_BATCH = 60, /* tokens whose result pointers are laid out at a time */
 };
 
 /* -- Tiles: a panel against some tokens; the sums so far are in y --------------------------------------- */
@@ -196,9 +195,24 @@ static void K(matmul_stretch)(const weight *w, int64_t first, int64_t rows, cons
     }
 }
 
+/* As matmul_stretch, where the first `prompt` of up to MOST_TOKENS tokens are prompt rows. */
+static void K(matmul_rows)(const weight *w, int64_t first, int64_t rows, const void *const *x, float *const *y,
+                           int64_t tokens, int64_t prompt, uint8_t *scratch) {
+#ifdef AMX
+    if (prompt && w->type != TYPE_F32) {
+        K(matmul_prompt)(w, first, rows, x, y, prompt, scratch);
+        x += prompt;
+        y += prompt;
+        tokens -= prompt;
+    }
+#endif
+    (void)prompt;
+    if (tokens) K(matmul_stretch)(w, first, rows, x, y, tokens, scratch);
+}
+
 static void K(matmul)(const op *o, const context *c, int32_t chunk) {
     const weight *w = &c->weights[o->weight[0]];
-    const int32_t tokens = rows_of(o, c), share = matmul_share(w, tokens, c->threads);
+    const int32_t tokens = rows_of(o, c), share = matmul_share(w, o, c, c->threads), prompt = prompt_rows(o, c);
     const int64_t first = (int64_t)chunk * share, rows = w->rows - first < share ? w->rows - first : share;
     const void **x = (const void **)c->scratch;
     float **y = (float **)(x + MOST_TOKENS);
@@ -208,6 +222,7 @@ static void K(matmul)(const op *o, const context *c, int32_t chunk) {
             x[t] = buffer_row(c, o->in[0], t0 + t);
             y[t] = (float *)buffer_row(c, o->out, t0 + t) + first;
         }
-        K(matmul_stretch)(w, first, rows, x, y, n, (uint8_t *)(y + MOST_TOKENS));
+        const int32_t given = prompt < t0 ? 0 : prompt - t0 < n ? prompt - t0 : n;
+        K(matmul_rows)(w, first, rows, x, y, n, given, (uint8_t *)(y + MOST_TOKENS));
     }
 }

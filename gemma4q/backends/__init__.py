@@ -64,7 +64,13 @@ class Backend(Protocol):
 
     def available(self) -> str | None: ...  # None, or why it is not
     def memory(
-        self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int
+        self,
+        plan: Plan,
+        tensors: Mapping[str, TensorData],
+        limits: Limits,
+        kv: TensorType,
+        threads: int,
+        isa: str | None = None,
     ) -> dict[str, int]: ...
     def load(
         self,

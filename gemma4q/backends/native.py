@@ -10,12 +10,27 @@ from functools import cached_property
 
 import numpy as np
 
-from ..abi import PAGE, BufferType, Layout, OpCode, Status, TensorType, address, dtype, ffi, lib, missing, row_bytes
+from ..abi import (
+    PAGE,
+    BufferType,
+    Layout,
+    OpCode,
+    Space,
+    Status,
+    TensorType,
+    address,
+    dtype,
+    ffi,
+    lib,
+    missing,
+    row_bytes,
+)
 from ..errors import Gemma4qError
 from ..gguf.quants import dequantize
 from ..plan.batch import Batch, Limits
 from ..plan.builder import TOP
-from ..plan.fuse import quantize_inputs
+from ..plan.fuse import MATRICES as PRODUCTS
+from ..plan.fuse import a8_bytes, quantize_inputs
 from ..plan.pack import Packed, pack
 from ..plan.plan import KV, Plan
 from . import StepResult, TensorData
@@ -31,6 +46,15 @@ SPARE_ROWS = 256  # rows of a table kept beyond those of one step
 def isas() -> tuple[str, ...]:
     """Instruction sets this library has and this CPU can run, best first."""
     return tuple(ffi.string(lib.isa_name(i)).decode() for i in range(lib.isa_count()) if lib.isa_available(i))
+
+
+def level_of(isa: str | None) -> int:
+    """The number of an instruction set, or of the best; `unavailable` when it is not here."""
+    names = [ffi.string(lib.isa_name(i)).decode() for i in range(lib.isa_count())]
+    level = names.index(isa or isas()[0]) if (isa or isas()[0]) in names else -1
+    if not lib.isa_available(level):
+        raise Gemma4qError("unavailable", f"instruction set {isa} is not here: choose {', '.join(isas())}")
+    return level
 
 
 def page_bytes(kv: KV, kind: TensorType) -> int:
@@ -52,9 +76,9 @@ class Native:
     def available(self) -> str | None:
         return missing
 
-    def memory(self, plan: Plan, tensors, limits: Limits, kv: TensorType, threads: int) -> dict[str, int]:
+    def memory(self, plan: Plan, tensors, limits: Limits, kv: TensorType, threads: int, isa=None) -> dict[str, int]:
         """Bytes of anonymous memory by purpose: what `load` will allocate and touch."""
-        packed = _pack(plan, tensors, limits)
+        packed = _pack(plan, tensors, limits, level_of(isa))
         return {
             "kv": sum(page_bytes(k, kv) * pages_of(k, limits) for k in plan.kv),
             "arena": packed.arena_bytes,
@@ -67,16 +91,13 @@ class Native:
         if kv not in KV_TYPES:
             names = ", ".join(k.name.lower() for k in KV_TYPES)
             raise Gemma4qError("bad_option", f"keys and values cannot be kept as {kv.name.lower()}: choose {names}")
-        names = [ffi.string(lib.isa_name(i)).decode() for i in range(lib.isa_count())]
-        level = names.index(isa or isas()[0]) if (isa or isas()[0]) in names else -1
-        if not lib.isa_available(level):
-            raise Gemma4qError("unavailable", f"instruction set {isa} is not here: choose {', '.join(isas())}")
-        split_bytes = _split_bytes(plan, limits, threads)
-        return NativeSession(_pack(plan, tensors, limits), tensors, kv, threads, level, split_bytes)
+        level, split_bytes = level_of(isa), _split_bytes(plan, limits, threads)
+        return NativeSession(_pack(plan, tensors, limits, level), tensors, kv, threads, level, split_bytes)
 
 
-def _pack(plan: Plan, tensors: Mapping[str, TensorData], limits: Limits) -> Packed:
-    return pack(quantize_inputs(plan, {name: t.type for name, t in tensors.items()}), limits)
+def _pack(plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, level: int) -> Packed:
+    types = {name: t.type for name, t in tensors.items()}
+    return pack(quantize_inputs(plan, types, lambda width: lib.activation_bytes(level, width)), limits)
 
 
 def _split_bytes(plan: Plan, limits: Limits, threads: int) -> int:
@@ -126,6 +147,11 @@ class NativeSession:
     ):
         self.packed, self.plan, self.limits, self.isa = packed, packed.plan, packed.limits, isa
         self.tensors, self.keep, self.caches, self.slots = tensors, [], [], []
+        # Whether prompt and generated rows meet different arithmetic: on tiles all but F32 weights.
+        short = any(
+            tensors[op.weights[0].tensor].type != TensorType.F32 for op in packed.plan.ops if op.code in PRODUCTS
+        )
+        self.classes_differ = short and lib.activation_bytes(isa, 32) > a8_bytes(32)
         self.arena, self.scratch = anonymous(packed.arena_bytes), anonymous(lib.scratch_bytes(threads) + split_bytes)
         split = self.scratch.ctypes.data + lib.scratch_bytes(threads)
         self.pool = ffi.gc(lib.pool_new(threads), lib.pool_free)
@@ -202,6 +228,7 @@ class NativeSession:
 
     def run(self, batch: Batch, first_op: int = 0, end_op: int | None = None) -> StepResult:
         self.cancel_flag[0] = 0
+        self.last = batch
         result = ffi.cast("run_result *", self.result.ctypes.data)
         lib.session_run(
             self.session, address(batch.memory), result, ffi.cast("int32_t *", self.cancel_flag.ctypes.data),
@@ -219,7 +246,7 @@ class NativeSession:
 
     def _view(self, buffer, rows: int) -> np.ndarray:
         entry = self.packed.buffers[self.packed.numbers[buffer]]
-        kind = {BufferType.F32: np.float32, BufferType.I32: np.int32, BufferType.A8: dtype("block_a8")}[buffer.type]
+        kind = {BufferType.F32: np.float32, BufferType.I32: np.int32, BufferType.A8: np.uint8}[buffer.type]
         at, stride = int(entry["offset"]), int(entry["stride"])
         return self.arena[at : at + rows * stride].view(kind).reshape(rows, stride // np.dtype(kind).itemsize)
 
@@ -228,9 +255,19 @@ class NativeSession:
         b = next(b for b in self.packed.numbers if b.name == buffer)
         rows = {0: self.limits.rows, 1: self.limits.wanted, 2: 1}[b.space]
         x = self._view(b, rows)
-        if b.type == BufferType.A8:
-            return (x["d"][..., None] * x["qs"]).reshape(rows, -1)
-        return x.copy()
+        return self._rounded(b, x) if b.type == BufferType.A8 else x.copy()
+
+    def _rounded(self, buffer, x: np.ndarray) -> np.ndarray:
+        """What the bytes of an A8 buffer stand for."""
+        prompt = int(self.last.header["prompt_rows"]) if buffer.row_bytes > a8_bytes(buffer.width) else 0
+        if buffer.space == Space.WANTED:
+            prompt = int((self.last.wanted[: self.last.header["wanted"]] < prompt).sum())
+        blocks = x[prompt:, : a8_bytes(buffer.width)].view(dtype("block_a8"))
+        values = (blocks["d"][..., None] * blocks["qs"]).reshape(len(x) - prompt, -1)
+        # Where rows have room for it, those of prompts are bf16.
+        return (
+            np.concatenate([dequantize(x[:prompt, : 2 * buffer.width], TensorType.BF16), values]) if prompt else values
+        )
 
     def profile(self, on: bool) -> np.ndarray:
         """Nanoseconds of each op, summed over steps from now on; the array is live."""

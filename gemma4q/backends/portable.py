@@ -29,8 +29,9 @@ class Portable:
         return None
 
     def memory(
-        self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int
-    ) -> dict[str, int]:
+        self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int,
+        isa: str | None = None,
+    ) -> dict[str, int]:  # fmt: skip
         """Bytes by purpose. Keys and values take four bytes each whatever `kv` is."""
         from .portable_session import memory
 

@@ -45,7 +45,7 @@ class Reference:
     def available(self) -> str | None:
         return None
 
-    def memory(self, plan: Plan, tensors, limits: Limits, kv: TensorType, threads: int) -> dict[str, int]:
+    def memory(self, plan: Plan, tensors, limits: Limits, kv: TensorType, threads: int, isa=None) -> dict[str, int]:
         weights = sum(4 * int(np.prod(tensors[name].shape)) for name in {w.tensor for w in plan.weights()})
         pages = sum(_page_values(k) * (limits.local_pages if k.local else limits.global_pages) for k in plan.kv)
         return {"weights": weights, "kv": 4 * pages}

@@ -20,7 +20,7 @@ def plan(model: str, context: int | None, threads: int | None, backend: str, kv:
     """Print how much memory a model takes with a context, and whether this machine has it; nothing is loaded."""
     from ..engine.model import Prepared
 
-    found = Prepared(model, backend, threads, context, kv).memory
+    found = Prepared(model, backend, threads=threads, context=context, kv=kv).memory
     have, why = found.available
     if as_json:
         entries = [asdict(entry) for entry in found.entries]

@@ -117,6 +117,7 @@ def limits_for(context: int, sequences: int, window: int) -> Limits:
 def plan_memory(
     config: Config, plan: Plan, tensors: Mapping[str, TensorData], file_bytes: int, backend: Backend,
     kv: TensorType, threads: int, context: int | None, sequences: int, runtime: int, available: tuple[int, str],
+    isa: str | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The plan for a context, or (None) for the larger of 8,192 and 4,096 tokens that fits.
 
@@ -132,7 +133,7 @@ def plan_memory(
 
     def with_context(size: int) -> MemoryPlan:
         limits = limits_for(size, sequences, window)
-        needs = backend.memory(plan, tensors, limits, kv, threads)
+        needs = backend.memory(plan, tensors, limits, kv, threads, isa)
         batch = Batch(limits, plan.width, plan.vocab).memory.nbytes
         return MemoryPlan(limits, entries(plan, tensors, file_bytes, needs, batch, runtime, limits), available)
 

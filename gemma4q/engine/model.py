@@ -57,7 +57,8 @@ class Prepared:
     chosen. memory: its plan. defaults: the file's sampling options. flavour: which template it was trained with.
     """
 
-    def __init__(self, path, backend="auto", threads=None, context=None, kv="auto", sequences=1):
+    def __init__(self, path, backend="auto", isa=None, threads=None, context=None, kv="auto", sequences=1):
+        self.isa = isa
         self.gguf, self.config, self.weights = open_model(path)
         self.backend = backends.get(backend)
         self.threads = choose_threads(threads)
@@ -76,7 +77,7 @@ class Prepared:
         file_bytes = sum(len(file.bytes) for file in self.gguf.files)
         return plan_memory(
             self.config, self.plan, self.weights.tensors, file_bytes, self.backend, self.kv, self.threads.count,
-            context or None, self.sequences, *self._before,
+            context or None, self.sequences, *self._before, self.isa,
         )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ class Model(Prepared):
     """A loaded model; also a context manager. `context` is how many tokens fit, `session` what computes."""
 
     def __init__(self, path, backend="auto", isa=None, threads=None, context=None, kv="auto", sequences=1):
-        super().__init__(path, backend, threads, context, kv, sequences)
+        super().__init__(path, backend, isa, threads, context, kv, sequences)
         self.memory.check()
         self.context = self.memory.context
         limits = self.memory.limits

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..abi import BufferType, OpCode, OpRows, Space, dtype
+from ..abi import OpCode, OpRows, Space, dtype
 from .batch import Limits
 from .plan import Buffer, Op, Plan, Weight
 
@@ -30,7 +30,7 @@ class Packed:
 
 def stride(buffer: Buffer) -> int:
     """Bytes of one row."""
-    return buffer.width // 32 * 48 if buffer.type == BufferType.A8 else buffer.width * 4
+    return buffer.row_bytes or buffer.width * 4
 
 
 def size(buffer: Buffer, limits: Limits) -> int:

@@ -15,6 +15,7 @@ class Buffer:
     space: Space = Space.ROW
     type: BufferType = BufferType.F32
     per_row: int = 0
+    row_bytes: int = 0  # 0: those of its values
 
 
 @dataclass(frozen=True)
