@@ -6,6 +6,7 @@ static inline float K(sum16)(const float v[16]) {
     for (int i = 0; i < 4; i++) a[i] += a[i + 4];
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
+
 /* e^x to 2 ulp, 0 below -87.3, infinity above 88.7; NaN stays NaN. Cephes' polynomial; 12582912 rounds to an integer. */
 static INLINE float K(exponential)(float x) {
     const float limited = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
@@ -167,10 +168,13 @@ static void K(quantize_blocks)(const float *x, block_a8 *y, int64_t cols) {
 
 static void K(quantize)(const op *o, const context *c, int32_t chunk) {
     const tile t = tile_at(rows_of(o, c), c->buffers[o->out].width, chunk);
+#ifdef AMX
+    const int32_t prompt = prompt_rows(o, c);
+#endif
     for (int32_t r = t.row; r < t.row + t.rows; r++) {
         const float *x = (const float *)buffer_row(c, o->in[0], r) + t.col;
 #ifdef AMX
-        if (r < prompt_rows(o, c)) {
+        if (r < prompt) {
             K(round_blocks)(x, (bf16 *)buffer_row(c, o->out, r) + t.col, t.cols);
             continue;
         }

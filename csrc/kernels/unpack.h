@@ -65,6 +65,7 @@ static INLINE K(square) K(through)(const uint8_t *table, K(square) s) {
     FOUR s.i[i] = K(lookup)(table, s.i[i]);
     return s;
 }
+
 /* Where a piece's squares go, columns counted from its first; and what is prefetched meanwhile. */
 typedef struct {
     uint8_t *q;               /* a panel's, */

@@ -36,6 +36,12 @@ static INLINE __m256i K(pairs)(__m256i w, __m256i x, int most) {
     const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     return _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(x, s));
 }
+/* The same four bytes in every lane. */
+static INLINE __m256i K(quad)(const int8_t *x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
 static INLINE __m256i K(dot8)(const uint8_t *w, const int8_t *x, int dwords, int most, __m256i sum) {
     /* Sums of pairs that still fit 16 bits: 2 * 127 * most each. */
     const int fit = most <= 15 ? 8 : most <= 31 ? 4 : most <= 63 ? 2 : 1, together = fit < dwords ? fit : dwords;
@@ -45,12 +51,10 @@ static INLINE __m256i K(dot8)(const uint8_t *w, const int8_t *x, int dwords, int
         __m256i pairs = _mm256_setzero_si256();
 #pragma GCC unroll 8
         for (int i = 0; i < together; i++) {
-            int32_t quad;
-            __builtin_memcpy(&quad, x + 4 * (j + i), 4);
             __m256i line = _mm256_loadu_si256((const __m256i *)(w + 64 * (j + i)));
             /* Or lines made signed are kept for the next token, on the stack. */
             if (most > 127) __asm__ volatile("" : "+x"(line));
-            pairs = _mm256_add_epi16(pairs, K(pairs)(line, _mm256_set1_epi32(quad), most));
+            pairs = _mm256_add_epi16(pairs, K(pairs)(line, K(quad)(x + 4 * (j + i)), most));
         }
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
     }
@@ -70,10 +74,9 @@ static INLINE vi K(dot_lines)(vi sum, const vi line[4], const int8_t *x, int mos
         __m256i a = _mm256_setzero_si256(), b = a;
 #pragma GCC unroll 4
         for (int i = j; i < j + together; i++) {
-            int32_t quad;
-            __builtin_memcpy(&quad, x + 4 * i, 4);
-            a = _mm256_add_epi16(a, K(pairs)(line[i].a, _mm256_set1_epi32(quad), most));
-            b = _mm256_add_epi16(b, K(pairs)(line[i].b, _mm256_set1_epi32(quad), most));
+            const __m256i quad = K(quad)(x + 4 * i);
+            a = _mm256_add_epi16(a, K(pairs)(line[i].a, quad, most));
+            b = _mm256_add_epi16(b, K(pairs)(line[i].b, quad, most));
         }
         sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(a, ones));
         sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(b, ones));

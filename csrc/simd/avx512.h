@@ -19,6 +19,12 @@ static INLINE vf K(load_i8)(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 
+/* The same four bytes in every lane. */
+static INLINE vi K(quad)(const int8_t *x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
 /* Sixteen rows' sums begin at bias * minus_sum and take in the products of sixteen columns, a line for every four. */
 static INLINE vi K(sum_from)(int bias, int most, int32_t minus_sum) {
     (void)most;
@@ -27,11 +33,7 @@ static INLINE vi K(sum_from)(int bias, int most, int32_t minus_sum) {
 static INLINE vi K(dot_lines)(vi sum, const vi line[4], const int8_t *x, int most) {
     (void)most;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        int32_t quad;
-        __builtin_memcpy(&quad, x + 4 * i, 4);
-        sum = _mm512_dpbusd_epi32(sum, line[i], _mm512_set1_epi32(quad));
-    }
+    for (int i = 0; i < 4; i++) sum = _mm512_dpbusd_epi32(sum, line[i], K(quad)(x + 4 * i));
     return sum;
 }
 /* Sixteen rows' dot products of `dwords` x 4 unsigned weights with the same signed activations, of each of `n` tokens
@@ -44,11 +46,7 @@ static INLINE void K(dots)(const int n, const uint8_t *w, const int8_t *const *x
     for (int j = 0; j < dwords; j++) {
         const vi line = _mm512_load_si512(w + 64 * j);
 #pragma GCC unroll 4
-        for (int t = 0; t < n; t++) {
-            int32_t quad;
-            __builtin_memcpy(&quad, x[t] + 4 * j, 4);
-            sum[t] = _mm512_dpbusd_epi32(sum[t], line, _mm512_set1_epi32(quad));
-        }
+        for (int t = 0; t < n; t++) sum[t] = _mm512_dpbusd_epi32(sum[t], line, K(quad)(x[t] + 4 * j));
     }
 }
 
