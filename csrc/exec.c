@@ -21,6 +21,7 @@ struct session {
     int32_t *merges;        /* [ops] chunks of the merge that follows all others; 0: none */
     uint8_t *barrier;       /* [ops] before which all threads meet */
     int32_t *matmul;        /* [ops]: the next matmul from here on, -1: none */
+    int32_t fetch_chosen;   /* experts are fetched from the disk when the router has chosen them */
     const int32_t *cancel;
     context step;
     _Atomic int32_t stopped;
@@ -132,6 +133,21 @@ static void run_op(session *s, int32_t number, int32_t chunks, const context *c,
     else if (thread == 0) run(&s->ops[number], c, 0);
 }
 
+/* Has the system read the experts that the router chose, from this op's matrices on to those that lead back. */
+static void fetch_experts(const session *s, int32_t number, const context *c) {
+    const int32_t *groups = buffer_row(c, s->ops[number].in[2], 0);
+    for (const op *o = &s->ops[number];; o++) {
+        const int expert = o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN;
+        for (int32_t j = 0; expert && j < 4 && o->weight[j] >= 0; j++) {
+            const weight *w = &c->weights[o->weight[j]];
+            const int64_t bytes = w->rows * row_bytes(w->type, w->cols);
+            for (int32_t g = 0; g < groups[0]; g++)
+                mapping_fetch(w->data + (uint64_t)(groups[1 + 2 * g] * bytes), bytes);
+        }
+        if (o->code == OP_EXPERTS_DOWN) return;
+    }
+}
+
 #ifdef LENGTHEN
 /* For tests of the bench: on every thread, the kernel of this name takes so many percent longer. */
 static void run_longer(session *s, int32_t number, int32_t chunks, const context *c, int32_t thread) {
@@ -169,6 +185,7 @@ static void share(void *arg, int32_t thread, int32_t threads) {
         }
         const int32_t chunks = s->chunks[i] == LATER ? chunk_count(o, &c) : s->chunks[i];
         if (thread == 0 && chunks) c.result->weight_bytes += bytes_read(o, &c);
+        if (thread == 0 && s->fetch_chosen && o->code == OP_EXPERTS_UP) fetch_experts(s, i, &c);
         run_op(s, i, chunks, &c, thread);
         if (s->merges[i]) {
             pool_barrier(s->threads, NULL, 0);
@@ -296,6 +313,11 @@ void session_free(session *s) {
     free(s->barrier);
     free(s->matmul);
     free(s);
+}
+void session_fetch_chosen(session *s) {
+    s->fetch_chosen = 1;
+    for (const weight *w = s->weights; w < s->weights + s->weight_count; w++)
+        if (w->count > 1) mapping_scattered(w->data, w->bytes);
 }
 int64_t activation_bytes(int32_t isa, int32_t cols) { return rounded_bytes(kernels_of(isa)->round != NULL, cols); }
 int64_t scratch_bytes(int32_t threads) { return (int64_t)threads * THREAD_BYTES; }

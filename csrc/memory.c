@@ -1,4 +1,5 @@
-/* Files under us: a mapping that shrinks reads as zeros and is reported, rows of big tables are fetched by pread. */
+/* Files under us: a mapping that shrinks reads as zeros and is reported, its bytes are asked for before their first
+ * use, rows of big tables are fetched by pread. */
 #include <errno.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -64,6 +65,24 @@ void mapping_release(int32_t slot) {
     if (slot < 0 || slot >= MAPPINGS) return;
     atomic_store(&mappings[slot].begin, UINTPTR_MAX);
     atomic_store(&mappings[slot].end, 0);
+}
+
+/* -- The disk ------------------------------------------------------------------------------------- */
+
+enum { FETCH_BYTES = 128 << 10 }; /* Linux reads no more for one advice, where nobody told it to */
+
+static void advise(uint64_t from, uint64_t end, int advice) {
+    posix_madvise((void *)(uintptr_t)from, end - from, advice);
+}
+static uint64_t page_of(uint64_t address) { return address & ~((uint64_t)sysconf(_SC_PAGESIZE) - 1); }
+
+void mapping_fetch(uint64_t address, int64_t bytes) {
+    const uint64_t end = address + (uint64_t)bytes;
+    for (uint64_t at = page_of(address); at < end; at += FETCH_BYTES)
+        advise(at, end - at < FETCH_BYTES ? end : at + FETCH_BYTES, POSIX_MADV_WILLNEED);
+}
+void mapping_scattered(uint64_t address, int64_t bytes) {
+    advise(page_of(address), address + (uint64_t)bytes, POSIX_MADV_RANDOM);
 }
 
 /* -- Row cache: the least recently used row makes room ------------------------------------------------ */

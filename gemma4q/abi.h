@@ -198,6 +198,8 @@ session *session_new(pool *, int32_t isa, const op *, int32_t ops, const buffer 
                      const weight *, int32_t weights, const kv_layer *, int32_t kv_layers,
                      uint8_t *arena, uint8_t *scratch, float *split, int64_t split_bytes);
 void session_free(session *);
+/* For experts that memory does not hold: from now on the disk is asked for those that a step chose, and no others. */
+void session_fetch_chosen(session *);
 int64_t scratch_bytes(int32_t threads);
 int64_t activation_bytes(int32_t isa, int32_t cols);    /* from row to row of an A8 buffer */
 int32_t session_run(session *, const uint8_t *batch, run_result *, const int32_t *cancel, int32_t first_op, int32_t end_op);
@@ -206,6 +208,9 @@ int32_t session_run(session *, const uint8_t *batch, run_result *, const int32_t
 int32_t mapping_register(uint64_t address, int64_t bytes);      /* a slot, -1: none left */
 int32_t mapping_poisoned(int32_t slot);
 void mapping_release(int32_t slot);
+/* Advice on bytes of a mapped file: read them now, without waiting for them; or, when one is read, not its neighbours. */
+void mapping_fetch(uint64_t address, int64_t bytes);
+void mapping_scattered(uint64_t address, int64_t bytes);
 
 /* Matmuls without a plan, for tests and the bench: y [rows, w->rows] = x [rows, w->cols] . W', both F32, of each of
  * `count` matrices of one shape and type; the last one's result stays. The first `prompt_rows`

@@ -5,6 +5,7 @@ by row. All memory is allocated and touched here, at load, and is what `memory()
 """
 
 import mmap
+import threading
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -209,6 +210,17 @@ class NativeSession:
         """A file that shrinks while it is mapped must not kill the process."""
         for base in {id(b): b for b in (_mapping(t.data) for t in self.tensors.values()) if b is not None}.values():
             self.slots.append(lib.mapping_register(base.ctypes.data, base.nbytes))
+
+    def fetch(self, fits: bool) -> None:
+        if fits:
+            threading.Thread(target=self._fetch_all, daemon=True).start()
+        else:
+            lib.session_fetch_chosen(self.session)
+
+    def _fetch_all(self) -> None:
+        for name in dict.fromkeys(w.tensor for op in self.plan.ops if op.code in PRODUCTS for w in op.weights):
+            if self.session is not None:
+                lib.mapping_fetch(self.tensors[name].data.ctypes.data, self.tensors[name].data.nbytes)
 
     def _results(self) -> None:
         rows = self.limits.wanted

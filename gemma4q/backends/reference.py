@@ -105,6 +105,9 @@ class ReferenceSession:
         full = self.cached[w.tensor]
         return full[w.first : w.first + w.rows] if w.rows else full
 
+    def fetch(self, fits: bool) -> None:
+        """Its own copy of the weights is read at load."""
+
     def run(self, batch: Batch, first_op: int = 0, end_op: int | None = None) -> StepResult:
         self.batch = batch
         self.count = {Space.ROW: int(batch.header["rows"]), Space.WANTED: int(batch.header["wanted"]), Space.FIXED: 1}

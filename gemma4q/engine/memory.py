@@ -78,6 +78,12 @@ class MemoryPlan:
         """Bytes yet to be allocated."""
         return sum(e.bytes for e in self.entries if not e.mapped and e.name != RUNTIME)
 
+    @property
+    def file_fits(self) -> bool:
+        """Whether the weights stay in memory once they are read."""
+        weights = sum(e.bytes for e in self.entries if e.name == WEIGHTS)
+        return weights <= self.available[0] - self.needed
+
     def check(self) -> None:
         """Raises `too_big` with what is needed and what is there."""
         if self.missing:
@@ -98,7 +104,7 @@ class MemoryPlan:
         ])  # fmt: skip
 
 
-RUNTIME = "Python and tokenizer"
+RUNTIME, WEIGHTS = "Python and tokenizer", "weights"
 
 
 def limits_for(context: int, sequences: int, window: int) -> Limits:
@@ -153,7 +159,7 @@ def entries(
     tables = sum(tensors[name].data.nbytes for name in looked_up)
     copied = "weights" in needs  # such a backend reads its own copy
     found = [
-        Entry("weights", weights, True, 0 if copied else sum(read.values())),
+        Entry(WEIGHTS, weights, True, 0 if copied else sum(read.values())),
         Entry("look-up tables, read row by row", tables, True, 0),
         Entry("rest of the file", file_bytes - weights - tables, True, 0),
     ]

@@ -90,6 +90,7 @@ class Model(Prepared):
         self.context = self.memory.context
         limits = self.memory.limits
         self.session = self.backend.load(self.plan, self.weights.tensors, limits, self.kv, self.threads.count, isa)
+        self.session.fetch(self.memory.file_fits)
         batch = Batch(limits, self.plan.width, self.plan.vocab)
         batch.memory[::PAGE_BYTES] |= 0  # touched now, so that memory does not grow later
         window = max(layer.window for layer in self.config.layers)
