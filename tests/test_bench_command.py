@@ -54,6 +54,7 @@ def test_the_process_tells_its_memory_and_its_latencies(measured):
     times = process["latency"]
     assert 0 < times["next_turn"] < times["first_token_cold"] > times["first_token_warm"] > 0
     assert times["reused"] >= 64  # the next turn computes no more than itself
+    assert 0 < times["host"] < 1 and times["barriers"] > 10
 
 
 def test_ops_have_shares_of_the_whole_and_of_the_roof(measured):

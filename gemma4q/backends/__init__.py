@@ -50,9 +50,7 @@ class Session(Protocol):
     limits: Limits
     bytes: Mapping[str, int]  # what it allocated, by purpose
 
-    def fetch(
-        self, fits: bool
-    ) -> None: ...  # asks the disk for weights: all, or experts as they are chosen
+    def fetch(self, fits: bool) -> None: ...  # asks the disk for weights: all, or experts as they are chosen
     def run(self, batch: Batch, first_op: int = 0, end_op: int | None = None) -> StepResult: ...
     def read(self, buffer: str) -> np.ndarray: ...  # for diffs and tests: [rows, width]
     def cancel(self) -> None: ...  # the step that runs now stops between two layers

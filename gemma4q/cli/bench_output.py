@@ -162,6 +162,8 @@ def _process(process: Mapping) -> list[str]:
             f"first token of 64: {times['first_token_cold']:.3f} s from the start of the process, "
             f"{times['first_token_warm']:.3f} s warm; next turn of 32: {times['next_turn']:.3f} s"
         )
+    if times.get("host") is not None:
+        lines.append(f"a token: {times['barriers']} barriers; {100 * times['host']:.1f} % of its time outside the ops")
     return lines
 
 

@@ -55,12 +55,16 @@ def measure(
 
 
 def first_tokens(worker: Worker) -> dict[str, float]:
-    """Seconds from the start of the process to its first token, of a new prompt later, and of the next turn."""
+    """Seconds from the start of the process to its first token, of a new prompt later, and of the next turn.
+
+    host: the share of an answer's time in which no op ran; barriers: of a step of one token. None: not counted.
+    """
     worker.ask("first_token", prompt=LATENCY_TOKENS)
     cold = time.perf_counter() - worker.started
     warm = min(worker.ask("first_token", prompt=LATENCY_TOKENS)["seconds"] for _ in range(3))
     turn = worker.ask("next_turn", answer=ANSWER_TOKENS, turn=TURN_TOKENS)
-    return {"first_token_cold": cold, "first_token_warm": warm, "next_turn": turn["seconds"], "reused": turn["reused"]}
+    times = {"first_token_cold": cold, "first_token_warm": warm, "next_turn": turn["seconds"], "reused": turn["reused"]}
+    return times | worker.ask("between", count=ANSWER_TOKENS)
 
 
 def result(worker: Worker, probe: Worker, test: Test, runs: int, costs: Costs | None) -> dict:

@@ -170,6 +170,19 @@ class Gemma4q:
             pass
         return self._answer([*self.talk, *spoken.tokens, *self._tokens(turn).tolist()])
 
+    def between(self, count: int) -> dict:
+        """Of the time of `count` tokens of an answer, the share in which no op ran; and barriers of their steps."""
+        if self.times is None:
+            return {"host": None, "barriers": None}
+        spoken, barriers = self.model.generate(self.talk, max_tokens=1 + count), []
+        next(iter(spoken), None)
+        self.times[:] = 0
+        with Timed() as timed:
+            for _ in spoken:
+                barriers.append(int(self.session.result[0]["barriers"]))
+        host = 1 - float(self.times.sum()) / 1e9 / timed.seconds if barriers else None
+        return {"host": host, "barriers": max(barriers, default=None)}
+
     def _answer(self, ids: list[int]) -> dict:
         spoken = self.model.generate(ids, max_tokens=1, temperature=0)
         for _ in spoken:
