@@ -69,21 +69,21 @@ void mapping_release(int32_t slot) {
 
 /* -- The disk ------------------------------------------------------------------------------------- */
 
-enum { FETCH_BYTES = 128 << 10 }; /* Linux reads no more for one advice, where nobody told it to */
+/* Linux reads no more for one advice, where nobody told it to; and while it populates none of us can map anything. */
+enum { FETCH_BYTES = 128 << 10, POPULATE_BYTES = 4 << 20, POPULATE_READ = 22 /* since Linux 5.14 */ };
 
-static void advise(uint64_t from, uint64_t end, int advice) {
-    posix_madvise((void *)(uintptr_t)from, end - from, advice);
+static void advise(uint64_t address, int64_t bytes, int64_t piece, int advice) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), end = address + (uint64_t)bytes;
+    for (uint64_t at = address / page * page; at < end; at += (uint64_t)piece)
+        madvise((void *)(uintptr_t)at, end - at < (uint64_t)piece ? end - at : (uint64_t)piece, advice);
 }
-static uint64_t page_of(uint64_t address) { return address & ~((uint64_t)sysconf(_SC_PAGESIZE) - 1); }
-
-void mapping_fetch(uint64_t address, int64_t bytes) {
-    const uint64_t end = address + (uint64_t)bytes;
-    for (uint64_t at = page_of(address); at < end; at += FETCH_BYTES)
-        advise(at, end - at < FETCH_BYTES ? end : at + FETCH_BYTES, POSIX_MADV_WILLNEED);
+void mapping_fetch(uint64_t address, int64_t bytes) { advise(address, bytes, FETCH_BYTES, MADV_WILLNEED); }
+void mapping_populate(uint64_t address, int64_t bytes) {
+#ifdef __linux__
+    advise(address, bytes, POPULATE_BYTES, POPULATE_READ);
+#endif
 }
-void mapping_scattered(uint64_t address, int64_t bytes) {
-    advise(page_of(address), address + (uint64_t)bytes, POSIX_MADV_RANDOM);
-}
+void mapping_scattered(uint64_t address, int64_t bytes) { advise(address, bytes, INT64_MAX, MADV_RANDOM); }
 
 /* -- Row cache: the least recently used row makes room ------------------------------------------------ */
 

@@ -208,8 +208,10 @@ int32_t session_run(session *, const uint8_t *batch, run_result *, const int32_t
 int32_t mapping_register(uint64_t address, int64_t bytes);      /* a slot, -1: none left */
 int32_t mapping_poisoned(int32_t slot);
 void mapping_release(int32_t slot);
-/* Advice on bytes of a mapped file: read them now, without waiting for them; or, when one is read, not its neighbours. */
+/* Advice on bytes of a mapped file: read them now, without waiting for them; wait, and spare whoever touches them first
+ * a page fault; or, when one is read, not its neighbours. */
 void mapping_fetch(uint64_t address, int64_t bytes);
+void mapping_populate(uint64_t address, int64_t bytes);
 void mapping_scattered(uint64_t address, int64_t bytes);
 
 /* Matmuls without a plan, for tests and the bench: y [rows, w->rows] = x [rows, w->cols] . W', both F32, of each of

@@ -218,9 +218,11 @@ class NativeSession:
             lib.session_fetch_chosen(self.session)
 
     def _fetch_all(self) -> None:
-        for name in dict.fromkeys(w.tensor for op in self.plan.ops if op.code in PRODUCTS for w in op.weights):
-            if self.session is not None:
-                lib.mapping_fetch(self.tensors[name].data.ctypes.data, self.tensors[name].data.nbytes)
+        names = dict.fromkeys(w.tensor for op in self.plan.ops if op.code in PRODUCTS for w in op.weights)
+        for bring in (lib.mapping_fetch, lib.mapping_populate):
+            for data in (self.tensors[name].data for name in names):
+                if self.session is not None:
+                    bring(data.ctypes.data, data.nbytes)
 
     def _results(self) -> None:
         rows = self.limits.wanted
