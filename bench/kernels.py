@@ -9,7 +9,6 @@ others had the cores. `--isas portable` measures the backend without a compiler,
 """
 
 import argparse
-import csv
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from harness import write_csv
 
 from gemma4q import abi
 from gemma4q.abi import TensorType, ffi, lib, row_bytes
@@ -189,20 +189,9 @@ def main() -> None:
               f"{case['gop_s']:9.0f} {case['busy']:5.2f}", flush=True)  # fmt: skip
         results.append(case)
     if given.csv:
-        append(given, results)
-
-
-def append(given: argparse.Namespace, results: list[dict]) -> None:
-    given.csv.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not given.csv.exists()
-    common = {"when": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": platform.node(), "threads": given.threads}
-    common |= {"cols": given.cols, "out": given.out}
-    with given.csv.open("a", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            out.writeheader()
-        for case in results:
-            out.writerow(common | {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in case.items()})
+        common = {"when": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": platform.node(), "threads": given.threads}
+        common |= {"cols": given.cols, "out": given.out}
+        write_csv(given.csv, COLUMNS, (common | case for case in results), add=True)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,13 @@ is the best tokens of each. `gain` is how many times the tokens a second of one 
 """
 
 import argparse
-import csv
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from harness import Driver, said_plainly, write_csv
 
-import gemma4q
-from gemma4q.abi import RowFlag, Status
-from gemma4q.engine.prompt import token_keys
 from gemma4q.measure.worker import Timed
-from gemma4q.plan.batch import Batch, Step
 
 SIZES = (1, 2, 4, 8, 16)
 COLUMNS = ("model", "threads", "kind", "rows", "milliseconds", "cost", "gain", "busy")
@@ -29,46 +25,19 @@ class Rows:
 
     def __init__(self, path: str, threads: int, sizes: list[int], depth: int):
         most = max(sizes)
-        self.model = gemma4q.load(path, threads=threads, sequences=most, context=depth + 64 * most)
-        self.session, self.threads = self.model.session, threads
-        self.batch = Batch(self.session.limits, self.model.plan.width, self.model.plan.vocab)
-        self.random = np.random.default_rng(1)
-        cache = self.model.engine.cache
-        self.histories = [cache.open(token_keys(self.tokens(depth), False)) for _ in range(most)]
-        for history in self.histories:
-            while history.length < depth:
-                self.step([(history, min(depth - history.length, self.session.limits.rows))], False)
-
-    def tokens(self, count: int) -> np.ndarray:
-        return self.random.integers(5, self.model.plan.vocab, count)
-
-    def step(self, work: list[tuple], generated: bool = True) -> Timed:
-        """The next tokens of some sequences, (history, how many) each."""
-        steps, ids = [], [self.tokens(count) for _, count in work]
-        for (history, count), tokens in zip(work, ids, strict=True):
-            start = history.length
-            history.extend(count)
-            want = np.full(count, RowFlag.WANT_TOP) if generated else int(RowFlag.WANT_TOP)
-            steps.append(Step(tokens, start, *history.tables(start + count), generated=generated, want=want))
-        self.batch.fill(steps)
-        with Timed() as timed:
-            result = self.session.run(self.batch)
-        if result.status != Status.OK:
-            raise SystemExit(f"step failed: {result.status.name}")
-        for (history, _), tokens in zip(work, ids, strict=True):
-            history.commit(token_keys(tokens, generated))
-        return timed
+        self.driver, self.threads = Driver(path, threads, depth + 64 * most, most), threads
+        self.histories = [self.driver.open(depth) for _ in range(most)]
 
     def verify(self, size: int) -> Timed:
         """`size` tokens of one sequence, then taken back."""
         history = self.histories[0]
-        timed = self.step([(history, size)])
+        timed = self.driver.step([(history, size)])
         history.rollback(size)
         return timed
 
     def side_by_side(self, size: int) -> Timed:
         """One token each of `size` sequences, then taken back."""
-        timed = self.step([(history, 1) for history in self.histories[:size]])
+        timed = self.driver.step([(history, 1) for history in self.histories[:size]])
         for history in self.histories[:size]:
             history.rollback(1)
         return timed
@@ -98,6 +67,7 @@ def measure(rows: Rows, kind: str, sizes: list[int], rounds: int) -> list[dict]:
     ]
 
 
+@said_plainly()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -116,11 +86,7 @@ def main() -> None:
                   f"{case['busy']:5.2f}", flush=True)  # fmt: skip
             results.append({"model": Path(given.model).name, "threads": given.threads} | case)
     if given.csv:
-        given.csv.parent.mkdir(parents=True, exist_ok=True)
-        with given.csv.open("w", newline="") as file:
-            out = csv.DictWriter(file, COLUMNS)
-            out.writeheader()
-            out.writerows({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in r.items()} for r in results)
+        write_csv(given.csv, COLUMNS, results)
 
 
 if __name__ == "__main__":
