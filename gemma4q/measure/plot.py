@@ -1,4 +1,7 @@
-"""Draws a history: tokens a second of each test by commit, as measured and with the machine's mood taken out."""
+"""Draws a history: tokens a second of each test by commit, as measured and with the machine's mood taken out.
+
+Also the only place that knows matplotlib: other pictures begin with a `canvas` of here.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,22 +11,27 @@ from ..errors import Gemma4qError
 
 FORMATS = (".svg", ".png", ".pdf")
 MOST_LABELS = 24
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's: told apart by all
 
 
-def draw(records: Sequence[Mapping], path: Path) -> None:
-    """Writes an SVG, PNG or PDF file: a panel a test, a colour a model. Raises `unavailable`, `bad_option`, OSError."""
+def canvas(path: Path, width: float, height: float):
+    """An empty figure of so many inches, to be saved as `path`. Raises `unavailable`, `bad_option`."""
     if path.suffix.lower() not in FORMATS:
         raise Gemma4qError("bad_option", f"{path}: the name must end in {', '.join(FORMATS)}")
     try:
         from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
     except ImportError:
         raise Gemma4qError("unavailable", "plots need matplotlib: pip install 'gemma4q[bench]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw(records: Sequence[Mapping], path: Path) -> None:
+    """Writes an SVG, PNG or PDF file: a panel a test, a colour a model. Raises `unavailable`, `bad_option`, OSError."""
     commits = list(dict.fromkeys(record["commit"] for record in records))
     series = lines(records)
     tests = list(dict.fromkeys(test for test, _ in series))
     width = max(8.0, min(20.0, 3 + 0.45 * len(commits)))
-    figure = Figure(figsize=(width, 0.8 + 2.7 * len(tests)), layout="constrained")
+    figure = canvas(path, width, 0.8 + 2.7 * len(tests))
     panels = figure.subplots(len(tests), 1, sharex=True, squeeze=False)[:, 0]
     colours = {label: f"C{number}" for number, label in enumerate(dict.fromkeys(label for _, label in series))}
     shown: dict[str, object] = {}
@@ -35,7 +43,8 @@ def draw(records: Sequence[Mapping], path: Path) -> None:
         panel.set_ylabel("tokens / s")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-    shown["dashed: with memory and GEMM as in the first record"] = Line2D([], [], linestyle="--", color="grey")
+    (dashed,) = panels[-1].plot([], [], "--", color="grey")
+    shown["dashed: with memory and GEMM as in the first record"] = dashed
     figure.legend(shown.values(), shown.keys(), loc="outside upper left", fontsize=9, frameon=False)
     every = -(-len(commits) // MOST_LABELS)
     panels[-1].set_xticks(range(0, len(commits), every), commits[::every], rotation=45, ha="right", fontsize=8)
