@@ -69,21 +69,23 @@ void mapping_release(int32_t slot) {
 
 /* -- The disk ------------------------------------------------------------------------------------- */
 
-/* Linux reads no more for one advice, where nobody told it to; and while it populates none of us can map anything. */
-enum { FETCH_BYTES = 128 << 10, POPULATE_BYTES = 4 << 20, POPULATE_READ = 22 /* since Linux 5.14 */ };
+enum { FETCH_BYTES = 128 << 10 }; /* Linux reads no more for one advice, where nobody told it to */
 
-static void advise(uint64_t address, int64_t bytes, int64_t piece, int advice) {
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), end = address + (uint64_t)bytes;
-    for (uint64_t at = address / page * page; at < end; at += (uint64_t)piece)
-        madvise((void *)(uintptr_t)at, end - at < (uint64_t)piece ? end - at : (uint64_t)piece, advice);
+static uint64_t page_bytes(void) { return (uint64_t)sysconf(_SC_PAGESIZE); }
+static void advise(uint64_t address, int64_t bytes, uint64_t piece, int advice) {
+    const uint64_t end = address + (uint64_t)bytes;
+    for (uint64_t at = address / page_bytes() * page_bytes(); at < end; at += piece)
+        posix_madvise((void *)(uintptr_t)at, end - at < piece ? end - at : piece, advice);
 }
-void mapping_fetch(uint64_t address, int64_t bytes) { advise(address, bytes, FETCH_BYTES, MADV_WILLNEED); }
-void mapping_populate(uint64_t address, int64_t bytes) {
-#ifdef __linux__
-    advise(address, bytes, POPULATE_BYTES, POPULATE_READ);
-#endif
+void mapping_fetch(uint64_t address, int64_t bytes) { advise(address, bytes, FETCH_BYTES, POSIX_MADV_WILLNEED); }
+void mapping_scattered(uint64_t address, int64_t bytes) {
+    advise(address, bytes, (uint64_t)bytes + page_bytes(), POSIX_MADV_RANDOM);
 }
-void mapping_scattered(uint64_t address, int64_t bytes) { advise(address, bytes, INT64_MAX, MADV_RANDOM); }
+/* In a virtual machine the host may have to find memory for a page, too, when it is touched. */
+void mapping_touch(uint64_t address, int64_t bytes) {
+    const uint64_t end = address + (uint64_t)bytes;
+    for (uint64_t at = address; at < end; at += page_bytes()) (void)*(const volatile uint8_t *)(uintptr_t)at;
+}
 
 /* -- Row cache: the least recently used row makes room ------------------------------------------------ */
 

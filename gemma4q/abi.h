@@ -208,10 +208,10 @@ int32_t session_run(session *, const uint8_t *batch, run_result *, const int32_t
 int32_t mapping_register(uint64_t address, int64_t bytes);      /* a slot, -1: none left */
 int32_t mapping_poisoned(int32_t slot);
 void mapping_release(int32_t slot);
-/* Advice on bytes of a mapped file: read them now, without waiting for them; wait, and spare whoever touches them first
- * a page fault; or, when one is read, not its neighbours. */
+/* Bytes of a mapped file: the disk is asked for them; each page is touched, which waits for it; or the system is told
+ * that who reads one will not read its neighbours. */
 void mapping_fetch(uint64_t address, int64_t bytes);
-void mapping_populate(uint64_t address, int64_t bytes);
+void mapping_touch(uint64_t address, int64_t bytes);
 void mapping_scattered(uint64_t address, int64_t bytes);
 
 /* Matmuls without a plan, for tests and the bench: y [rows, w->rows] = x [rows, w->cols] . W', both F32, of each of

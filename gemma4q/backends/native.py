@@ -41,6 +41,7 @@ MATRICES = (OpCode.MATMUL, OpCode.EMBED, OpCode.EMBED_ROWS, OpCode.EXPERTS_UP, O
 KV_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0)
 POPULATE_WRITE = 23  # madvise(2): since Linux 5.14
 SPAN = 1024  # positions: ATTEND_SPAN of csrc/kernels.h
+FETCH_BYTES = 64 << 20  # that closing waits for
 SPARE_ROWS = 256  # rows of a table kept beyond those of one step
 
 
@@ -147,7 +148,7 @@ class NativeSession:
         split_bytes: int,
     ):
         self.packed, self.plan, self.limits, self.isa = packed, packed.plan, packed.limits, isa
-        self.tensors, self.keep, self.caches, self.slots = tensors, [], [], []
+        self.tensors, self.keep, self.caches, self.slots, self.fetching = tensors, [], [], [], None
         # Whether prompt and generated rows meet different arithmetic: on tiles all but F32 weights.
         short = any(
             tensors[op.weights[0].tensor].type != TensorType.F32 for op in packed.plan.ops if op.code in PRODUCTS
@@ -213,16 +214,19 @@ class NativeSession:
 
     def fetch(self, fits: bool) -> None:
         if fits:
-            threading.Thread(target=self._fetch_all, daemon=True).start()
+            self.fetching = threading.Thread(target=self._fetch_all, daemon=True)
+            self.fetching.start()
         else:
             lib.session_fetch_chosen(self.session)
 
     def _fetch_all(self) -> None:
         names = dict.fromkeys(w.tensor for op in self.plan.ops if op.code in PRODUCTS for w in op.weights)
-        for bring in (lib.mapping_fetch, lib.mapping_populate):
+        for bring in (lib.mapping_fetch, lib.mapping_touch):
             for data in (self.tensors[name].data for name in names):
-                if self.session is not None:
-                    bring(data.ctypes.data, data.nbytes)
+                for piece in (data[at : at + FETCH_BYTES] for at in range(0, data.nbytes, FETCH_BYTES)):
+                    if self.session is None:
+                        return
+                    bring(piece.ctypes.data, piece.nbytes)
 
     def _results(self) -> None:
         rows = self.limits.wanted
@@ -311,8 +315,10 @@ class NativeSession:
 
     def close(self) -> None:
         if self.session is not None:
-            lib.session_free(self.session)
-            self.session = None
+            session, self.session = self.session, None
+            if self.fetching:
+                self.fetching.join()
+            lib.session_free(session)
             for slot in self.slots:
                 lib.mapping_release(slot)
             self.caches.clear()
