@@ -9,17 +9,20 @@
 
 typedef struct { uint8_t *keys, *key_scales, *values, *value_scales; } K(kv_page);
 
-/* Bytes of a stored key's or value's dimension, scales apart. */
-static INLINE int32_t K(value_bytes)(int32_t type) { return type == TYPE_Q8_0 ? 1 : type == TYPE_F32 ? 4 : 2; }
-static inline int64_t K(scale_count)(int32_t type, int32_t dim) { return type == TYPE_Q8_0 ? (dim + 31) / 32 : 0; }
+static INLINE int K(has_scales)(int32_t type) { return type == TYPE_Q8_0; }
+/* Bytes of `count` dimensions of stored keys or values, scales apart. */
+static INLINE int64_t K(value_bytes)(int32_t type, int64_t count) {
+    return type == TYPE_Q8_0 ? count : type == TYPE_F32 ? 4 * count : 2 * count;
+}
+static inline int64_t K(scale_count)(int32_t type, int32_t dim) { return K(has_scales)(type) ? (dim + 31) / 32 : 0; }
 
 static inline K(kv_page)
     K(page_of)(const context *c, const op *o, const batch_sequence *s, int32_t position, int32_t head) {
     const kv_layer *l = &c->kv[o->kv_layer];
     const int32_t page = c->pages[(l->local ? s->local_pages : s->global_pages) + (uint32_t)(position / PAGE)];
-    const int64_t value = K(value_bytes)(l->type);
-    const int64_t keys = PAGE * l->key_dim * value, key_scales = PAGE * 2 * K(scale_count)(l->type, l->key_dim);
-    const int64_t values = PAGE * l->head_dim * value;
+    const int64_t keys = K(value_bytes)(l->type, PAGE * l->key_dim),
+                  key_scales = PAGE * 2 * K(scale_count)(l->type, l->key_dim),
+                  values = K(value_bytes)(l->type, PAGE * l->head_dim);
     uint8_t *at = (uint8_t *)(uintptr_t)l->pages + page * l->page_bytes + head * (l->page_bytes / l->kv_heads);
     return (K(kv_page)){at, at + keys, at + keys + key_scales, at + keys + key_scales + values};
 }
@@ -40,24 +43,34 @@ static inline void K(put)(uint8_t *at, int64_t index, float x, int32_t type) {
         __builtin_memcpy(at + 2 * index, &high, 2);
     }
 }
-/* `dim` values, `step` apart; quantised ones in groups of 32 with a scale each, `scale_step` apart. */
-static inline void K(put_vector)(const float *x, int32_t dim, int32_t type, uint8_t *at, int64_t step, uint8_t *scales,
-                                 int64_t scale_step) {
-    if (type != TYPE_Q8_0) {
-        for (int32_t i = 0; i < dim; i++) K(put)(at, i * step, x[i], type);
+/* Of `n` values the first that is farthest from zero, or NaN. */
+static inline float K(farthest)(const float *x, int32_t n) {
+    float far = 0;
+    for (int32_t i = 0; i < n; i++) far = fabsf(x[i]) > fabsf(far) || x[i] != x[i] ? x[i] : far;
+    return far;
+}
+/* At most 32 values and their scale. */
+static inline _Float16 K(put_q8_0)(const float *x, int32_t n, int8_t *at, int64_t step) {
+    const _Float16 d = (_Float16)(fabsf(K(farthest)(x, n)) / 127.0f);
+    const float inverse = (float)d > 0.0f ? 1.0f / (float)d : 0.0f;
+    for (int32_t i = 0; i < n; i++) {
+        const float q = x[i] * inverse;
+        at[i * step] = (int8_t)(q > 127.0f ? 127 : q < -127.0f ? -127 : q == q ? lrintf(q) : 0);
+    }
+    return d;
+}
+/* `dim` values as number `lane` of `step`; quantised ones in groups of 32 with a scale each. */
+static inline void K(put_vector)(const float *x, int32_t dim, int32_t type, uint8_t *at, uint8_t *scales, int64_t step,
+                                 int64_t lane) {
+    if (!K(has_scales)(type)) {
+        for (int32_t i = 0; i < dim; i++) K(put)(at, i * step + lane, x[i], type);
         return;
     }
     for (int32_t g = 0; g < dim; g += 32) {
         const int32_t n = dim - g < 32 ? dim - g : 32;
-        float top = 0;
-        for (int32_t i = 0; i < n; i++) top = fabsf(x[g + i]) > top || x[g + i] != x[g + i] ? fabsf(x[g + i]) : top;
-        const _Float16 d = (_Float16)(top / 127.0f);
-        const float inverse = (float)d > 0.0f ? 1.0f / (float)d : 0.0f;
-        __builtin_memcpy(scales + 2 * (g / 32) * scale_step, &d, 2);
-        for (int32_t i = 0; i < n; i++) {
-            const float q = x[g + i] * inverse;
-            ((int8_t *)at)[(g + i) * step] = (int8_t)(q > 127.0f ? 127 : q < -127.0f ? -127 : q == q ? lrintf(q) : 0);
-        }
+        uint8_t *first = at + K(value_bytes)(type, g * step) + lane;
+        const _Float16 d = K(put_q8_0)(x + g, n, (int8_t *)first, step);
+        __builtin_memcpy(scales + 2 * (g / 32 * step + lane), &d, 2);
     }
 }
 
@@ -66,7 +79,6 @@ static void K(store_kv)(const op *o, const context *c, int32_t row) {
     const kv_layer *l = &c->kv[o->kv_layer];
     if (info->flags & ROW_NO_STORE) return;
     const int32_t in_page = info->position % PAGE, sub = in_page / LANES, lane = in_page % LANES;
-    const int64_t value = K(value_bytes)(l->type);
     for (int32_t h = 0; h < o->kv_heads; h++) {
         const K(kv_page) p = K(page_of)(c, o, &c->sequences[info->sequence], info->position, h);
         const float *k = (const float *)buffer_row(c, o->in[0], row) + h * o->head_dim;
@@ -79,10 +91,10 @@ static void K(store_kv)(const op *o, const context *c, int32_t row) {
         }
         const int64_t key_scales = K(scale_count)(l->type, l->key_dim),
                       value_scales = K(scale_count)(l->type, l->head_dim);
-        K(put_vector)(k, l->key_dim, l->type, p.keys + ((int64_t)sub * l->key_dim * LANES + lane) * value, LANES,
-                      p.key_scales + 2 * (sub * key_scales * LANES + lane), LANES);
-        K(put_vector)(v, l->head_dim, l->type, p.values + (int64_t)in_page * l->head_dim * value, 1,
-                      p.value_scales + 2 * in_page * value_scales, 1);
+        K(put_vector)(k, l->key_dim, l->type, p.keys + K(value_bytes)(l->type, sub * l->key_dim * LANES),
+                      p.key_scales + 2 * sub * key_scales * LANES, LANES, lane);
+        K(put_vector)(v, l->head_dim, l->type, p.values + K(value_bytes)(l->type, in_page * l->head_dim),
+                      p.value_scales + 2 * in_page * value_scales, 1, 0);
     }
 }
 
@@ -123,35 +135,40 @@ enum { SIDES = TILE_TOKENS > LANES / 2 ? 2 : 1 }; /* sixteens of positions score
 /* Scores of `n` query rows against `sides` times 16 positions' stored keys: sum[side * n + row]. */
 static INLINE void K(score_keys)(const K(attention) *a, K(kv_page) p, int sub, const int sides, const int n,
                                  const int type, vf *sum) {
-    const int32_t dim = a->l->key_dim, value = K(value_bytes)(type);
-    const uint8_t *keys = p.keys + (int64_t)sub * dim * LANES * value;
-    const int64_t group = type == TYPE_Q8_0 ? 32 : dim, counted = K(scale_count)(type, dim);
+    const int32_t dim = a->l->key_dim;
+    const uint8_t *keys = p.keys + K(value_bytes)(type, sub * dim * LANES);
+    const int64_t group = K(has_scales)(type) ? 32 : dim, counted = K(scale_count)(type, dim);
     const f16 *scales = (const f16 *)p.key_scales + sub * counted * LANES;
     for (int32_t g = 0; g < dim; g += group) {
         vf part[2 * ATTEND_ROWS];
 #pragma GCC unroll 16
         for (int r = 0; r < sides * n; r++) part[r] = K(zero)();
-        for (int32_t i = g; i < dim && i < g + group; i++) {
-            vf key[2];
+        for (int32_t two = g; two < dim && two < g + group; two += 2) {
 #pragma GCC unroll 2
-            for (int side = 0; side < sides; side++) {
-                const int64_t at = ((int64_t)side * dim + i) * LANES;
-                key[side] = K(load_kv)(keys, at, type);
-                K(prefetch)(keys + at * value + AHEAD_OF_KEYS);
-            }
+            for (int odd = 0; odd < 2; odd++) {
+                const int64_t i = two + odd;
+                vf key[2];
+#pragma GCC unroll 2
+                for (int side = 0; side < sides; side++) {
+                    key[side] = K(load_kv)(keys, (side * dim + i) * LANES, type);
+                    if (!odd || type == TYPE_F32) /* of the others two dimensions are a line at most */
+                        K(prefetch)(keys + K(value_bytes)(type, (side * dim + i) * LANES) + AHEAD_OF_KEYS);
+                }
 #pragma GCC unroll 8
-            for (int r = 0; r < n; r++) {
-                const vf q = K(set1)(a->key_query[r * dim + i]);
+                for (int r = 0; r < n; r++) {
+                    const vf q = K(set1)(a->key_query[r * dim + i]);
 #pragma GCC unroll 2
-                for (int side = 0; side < sides; side++) part[side * n + r] = K(fma)(q, key[side], part[side * n + r]);
+                    for (int side = 0; side < sides; side++)
+                        part[side * n + r] = K(fma)(q, key[side], part[side * n + r]);
+                }
             }
         }
 #pragma GCC unroll 2
         for (int side = 0; side < sides; side++) {
-            const vf scale = type == TYPE_Q8_0 ? K(load_f16)(scales + (side * counted + g / 32) * LANES) : K(zero)();
+            const vf scale = K(has_scales)(type) ? K(load_f16)(scales + (side * counted + g / 32) * LANES) : K(zero)();
 #pragma GCC unroll 8
             for (int r = side * n; r < (side + 1) * n; r++)
-                sum[r] = type == TYPE_Q8_0 ? K(fma)(part[r], scale, sum[r]) : part[r];
+                sum[r] = K(has_scales)(type) ? K(fma)(part[r], scale, sum[r]) : part[r];
         }
     }
 }
@@ -167,7 +184,7 @@ static INLINE void K(score_values)(const K(attention) *a, K(kv_page) p, int sub,
         for (int r = 0; r < n; r++) sum[r] = K(zero)();
         for (int32_t i = 0; i < dim; i += LANES) {
             vf value = K(load_kv)(p.values, at * dim + i, type);
-            if (type == TYPE_Q8_0)
+            if (K(has_scales)(type))
                 value = K(mul)(value, K(set1)(K(scale_at)(p.value_scales, at * K(scale_count)(type, dim) + i / 32)));
 #pragma GCC unroll 8
             for (int r = 0; r < n; r++) sum[r] = K(fma)(K(load)(a->value_query + r * dim + i), value, sum[r]);
@@ -188,8 +205,7 @@ static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int3
     enum { WIDE = 2 };
     const int most = SIDES == 2 || n <= 2 ? 2 : 1; /* sixteens of dimensions weighed together, where registers allow */
     const int32_t dim = a->l->head_dim, base = begin / ATTEND_BLOCK * ATTEND_BLOCK;
-    const int64_t size = K(value_bytes)(type), each = dim * size;
-    const int64_t each_scale = 2 * K(scale_count)(type, dim);
+    const int64_t each = K(value_bytes)(type, dim), each_scale = 2 * K(scale_count)(type, dim);
     K(kv_page) next = K(page_of)(c, a->o, a->sequence, begin, a->kv_head);
     for (int32_t first = begin; first <= end; first = (first / PAGE + 1) * PAGE) {
         const K(kv_page) p = next;
@@ -198,7 +214,7 @@ static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int3
         const int64_t ahead = next.values - p.values;
         for (int32_t i = 0; i < dim; i += most * LANES) {
             const int wide = dim - i >= most * LANES ? most : 1;
-            const uint8_t *value = p.values + first % PAGE * each + i * size;
+            const uint8_t *value = p.values + first % PAGE * each + K(value_bytes)(type, i);
             const uint8_t *scale = p.value_scales + first % PAGE * each_scale + 2 * (i / 32);
             const float *weights = a->scores + first - base;
             vf sum[ATTEND_ROWS][WIDE];
@@ -212,9 +228,9 @@ static INLINE void K(weigh_values)(const K(attention) *a, const context *c, int3
                 vf low = K(load_kv)(value, 0, type), high = wide == 2 ? K(load_kv)(value, LANES, type) : low;
                 K(prefetch)(value + ahead);
                 if (type == TYPE_F32) K(prefetch)(value + ahead + 64);
-                if (type == TYPE_Q8_0) {
+                if (K(has_scales)(type)) { /* the same: two sixteens begin at a multiple of 32 */
                     low = K(mul)(low, K(set1)(K(scale_at)(scale, 0)));
-                    high = K(mul)(high, K(set1)(K(scale_at)(scale, (wide - 1) * LANES / 32)));
+                    high = K(mul)(high, K(set1)(K(scale_at)(scale, 0)));
                 }
 #pragma GCC unroll 8
                 for (int r = 0; r < n; r++) {
