@@ -230,17 +230,13 @@ class PortableSession(ReferenceSession):
     def store_kv(self, op: Op, k: np.ndarray, v: np.ndarray) -> None:
         kv = self.kv[op.args["kv_layer"]]
         keys, values = self.pages[kv.layer]
-        k, v = (self._rounded(x.reshape(len(x), kv.kv_heads, kv.head_dim)) for x in (k, v))
+        k, v = (rounded(x.reshape(len(x), kv.kv_heads, kv.head_dim), self.kv_type) for x in (k, v))
         k = kept(op, k, kv)
         for s in self.batch.sequences[: int(self.batch.header["sequences"])]:
             span = np.arange(s["first_row"], s["first_row"] + s["rows"])
             span = span[self.batch.rows["flags"][span] & RowFlag.NO_STORE == 0]
             page, at = self._slots(op, s, self.batch.rows["position"][span])
             keys[page, :, at], values[page, :, at] = k[span], v[span]
-
-    def _rounded(self, x: np.ndarray) -> np.ndarray:
-        """As the cache's type would give it back; NaN, which a block format cannot hold, goes through to the logits."""
-        return rounded(x, self.kv_type) if np.isfinite(x).all() else x
 
     def attend(self, op: Op, q: np.ndarray, k_norm: np.ndarray | None = None) -> np.ndarray:
         kv, window, rows = self.kv[op.args["kv_layer"]], op.args["window"], self._rows(op)

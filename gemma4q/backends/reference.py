@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..abi import PAGE, OpCode, RowFlag, Space, Status, TensorType
-from ..gguf.quants import dequantize
+from ..abi import BLOCKS, PAGE, OpCode, RowFlag, Space, Status, TensorType
+from ..gguf.quants import dequantize, quantize
 from ..plan.batch import Batch, Limits
 from ..plan.builder import TOP
 from ..plan.fuse import quantize_inputs
@@ -27,13 +27,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def rounded(x: np.ndarray, kind: TensorType) -> np.ndarray:
-    """float32 values as a cache of type `kind` would give them back."""
-    from ..gguf.quants import quantize
-
-    if kind == TensorType.F32:
+    """float32 [..., dim] as a cache of type `kind` would give it back; NaN, which no block can hold, as it is."""
+    dim, (group, _) = x.shape[-1], BLOCKS[kind]
+    if kind == TensorType.F32 or (group > 1 and not np.isfinite(x).all()):
         return x
     with np.errstate(over="ignore"):
-        return dequantize(quantize(np.ascontiguousarray(x), kind), kind)
+        whole = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -dim % group)])
+        return dequantize(quantize(whole, kind), kind)[..., :dim]
 
 
 class Reference:
