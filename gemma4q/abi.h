@@ -113,7 +113,7 @@ typedef struct {
     uint64_t pages;             /* address of page 0 */
     int64_t  page_bytes;
     int32_t  local;             /* pages are numbered by local_pages, else by global_pages */
-    int32_t  type;              /* tensor_type: F32, F16, BF16 or Q8_0 */
+    int32_t  type;              /* tensor_type: F32, F16, BF16, Q8_0 or Q4_0 */
     int32_t  kv_heads;
     int32_t  key_dim;           /* stored of each key: head_dim, or twice the rotated pairs when keys come from values */
     int32_t  head_dim;

@@ -9,13 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import ISAS, LIMITS, Model, Runner, same, step
-from twin import Twin, kept
+from twin import SCALED, Twin, kept
 
-from gemma4q.abi import PAGE, OpCode, TensorType
+from gemma4q.abi import PAGE, OpCode
+from gemma4q.backends.native import KV_TYPES
+from gemma4q.gguf.quants import planes, quantize
 from gemma4q.plan.builder import Builder, Rope
 
-F32, F16, BF16, Q8 = TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0
-KV_TYPES = (F32, F16, BF16, Q8)
+F32, F16, BF16, Q8, Q4 = KV_TYPES
 VOCAB = 32
 each_type = pytest.mark.parametrize("kv", KV_TYPES, ids=lambda kv: kv.name)
 each_isa = pytest.mark.parametrize("isa", ISAS)
@@ -103,7 +104,7 @@ def test_every_group_of_heads(kv, group):
 @each_type
 @pytest.mark.parametrize("dim", [16, 32, 48, 80, 256, 512])
 def test_every_width_of_head(kv, dim):
-    """16 and 48 leave half a group of Q8_0 scales empty."""
+    """16 and 48 leave half a group that shares a scale empty."""
     heads, kv_heads = (4, 2) if dim < 256 else (2, 1)
     model = attention(heads, kv_heads, dim)
     x = vectors(model, 67 if dim < 256 else 9, seed=dim) * np.float32(4 / dim**0.5)
@@ -279,14 +280,17 @@ def test_pages_are_cleared_and_copied_in_one_kind_alone():
 
 @each_type
 def test_a_page_keeps_what_its_type_can_hold(kv):
-    """F32 all, halves to nearest, Q8_0 to half a step of the largest of 32; infinity and NaN come back as no number."""
+    """F32 all, halves to nearest, the others to half a step of 32's largest, and in Q4_0 to a whole one where it is
+
+    met from the other side; infinity and NaN come back as no number."""
     random = np.random.default_rng(6)
     x = (random.standard_normal((200, 64)) * 10.0 ** random.integers(-3, 3, (200, 1))).astype("f4")
     numbers, scales = kept(x, kv)
     back = numbers * np.repeat(scales, 32, -1)
-    ulp = {F32: 0, F16: 2.0**-11, BF16: 2.0**-8, Q8: 0}[kv]
-    steps = np.abs(x).reshape(200, 2, 32).max(-1).repeat(32, -1) / 127 if kv == Q8 else 0
-    assert (np.abs(back - x) <= np.abs(x) * ulp + steps * (0.5 + 127 * 2.0**-11) + 1e-7).all()
+    ulp = {F16: 2.0**-11, BF16: 2.0**-8}.get(kv, 0)
+    most = np.abs(x).reshape(200, 2, 32).max(-1).repeat(32, -1)
+    step = {Q8: most / 254, Q4: most / 8}.get(kv, 0)
+    assert (np.abs(back - x) <= np.abs(x) * ulp + step + (most * 2.0**-11 if kv in SCALED else 0) + 1e-7).all()
     model = attention(2, 1, 16)
     for value in (np.nan, np.inf, -np.inf):
         x = vectors(model, 4)
@@ -294,6 +298,28 @@ def test_a_page_keeps_what_its_type_can_hold(kv):
         for isa in ISAS:
             found = Runner(model, isa=isa, kv=kv).run(rows(x)).hidden
             assert np.isfinite(found[:2]).all() and not np.isfinite(found[2:]).any()
+
+
+@each_isa
+def test_q4_0_is_rounded_as_ggml_rounds_it(isa):
+    """A page of 64 dimensions by its bytes: two neighbours of a position share one, and 32 a half float."""
+    model = attention(2, 1, 64)
+    random = np.random.default_rng(7)
+    x = vectors(model, PAGE, seed=7) * 10.0 ** random.integers(-45, 6, (PAGE, 1)).astype("f4")
+    x[1] = 0
+    x[2], x[3] = random.choice([-1.5, 1.5], (2, model.width))  # the first of the farthest says which sign is whole
+    x[4] = random.integers(-16, 17, model.width) / 2  # halves between codes
+    runner = Runner(model, isa=isa, kv=Q4)
+    runner.run(rows(x, pages=[0]))
+    half, scales = PAGE * 32, PAGE * 4
+    keys, key_d, values, value_d = np.split(runner.session.regions[0][0], np.cumsum([half, scales, half]))
+    keys = keys.reshape(4, 32, 16).swapaxes(1, 2).reshape(PAGE, 32)
+    key_d = key_d.view("f2").reshape(4, 2, 16).swapaxes(1, 2).reshape(PAGE, 2)
+    found = (keys, key_d), (values.reshape(PAGE, 32), value_d.view("f2").reshape(PAGE, 2))
+    for (two, d), part in zip(found, (x[:, 128:192], x[:, 192:]), strict=True):
+        expected = planes(quantize(part, Q4), Q4)
+        np.testing.assert_array_equal(np.stack([two & 15, two >> 4], -1).reshape(PAGE, 64), expected.q & 15)
+        np.testing.assert_array_equal(d.view("u2"), expected.scale.astype("f2").view("u2"))
 
 
 def test_angles_far_out_are_exact_to_a_float():

@@ -78,10 +78,12 @@ def test_markdown_and_table_have_llama_benchs_columns():
 
 
 def test_csv_and_json_lines_have_a_row_for_each_combination():
-    more = ("--kv", "f16,q8_0", "-b", "8,16", "-r", "1")
-    rows = list(csv.DictReader(io.StringIO(bench(TOY, *QUICK, *more, "-o", "csv").stdout)))
+    more = ("-ctk", "f16,q4_0", "-b", "8,16", "-r", "1")
+    done = bench(TOY, *QUICK, *more, "-o", "csv")
+    assert done.exit_code == 0 and done.stderr.count("warning: keys and values in q4_0") == 1
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [(row["kv"], row["batch"], row["test"]) for row in rows] == [
-        (kv, batch, test) for kv in ("f16", "q8_0") for batch, test in (("8", "pp16"), ("512", "tg2"), ("16", "pp16"))
+        (kv, batch, test) for kv in ("f16", "q4_0") for batch, test in (("8", "pp16"), ("512", "tg2"), ("16", "pp16"))
     ]  # a batch size matters to prompts alone
     lines = [json.loads(line) for line in bench(TOY, *QUICK, "-o", "jsonl").stdout.splitlines()]
     assert [line["test"] for line in lines] == ["pp16", "tg2"]

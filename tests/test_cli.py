@@ -16,6 +16,7 @@ from tiny import U32, tiny
 
 from gemma4q.cli import COMMANDS, cli
 from gemma4q.cli.answer import Display
+from gemma4q.cli.options import Q4_COSTS
 from gemma4q.cli.prompt import is_text, unescape
 from gemma4q.cli.run import why_slow
 from gemma4q.cli.terminal import columns, harmless, human_bytes
@@ -268,6 +269,13 @@ class TestPlan:
         assert 20 < kv[1] / kv[0] < 32
         assert "in all, for 256 tokens" in invoke("plan", model, "-c", "256").stdout
 
+    def test_four_bits_a_key_take_half_of_eight_and_are_warned_of(self, model):
+        plans = {kv: invoke("plan", model, "--kv", kv, "--json") for kv in ("q8_0", "q4_0")}
+        entries = [json.loads(done.stdout)["entries"] for done in plans.values()]
+        eight, four = (sum(e["bytes"] for e in part if e["name"].startswith("keys and values")) for part in entries)
+        assert 18 / 34 <= four / eight <= 10 / 18  # heads of 16 have as many scales as those of 32
+        assert not plans["q8_0"].stderr and plans["q4_0"].stderr == f"warning: {Q4_COSTS}\n"
+
     def test_a_context_the_model_cannot_have_is_refused(self, model):
         done = invoke("plan", model, "-c", "1000000000")
         assert done.exit_code == 1 and done.stderr.startswith("error: bad_option: context: ")
@@ -291,6 +299,12 @@ class TestRun:
         )
         quiet = invoke("run", model, "hi", "-n", "8", "--quiet", *SURE, stdin="")
         assert quiet.stdout == done.stdout and not quiet.stderr
+
+    @pytest.mark.parametrize("quiet, lines", [((), [f"warning: {Q4_COSTS}"]), (("--quiet",), [])])
+    def test_keys_in_four_bits_are_warned_of_in_a_line(self, model, quiet, lines):
+        done = invoke("run", model, "hi", "-n", "3", "--kv", "q4_0", *SURE, *quiet, stdin="")
+        assert done.exit_code == 0
+        assert [line for line in done.stderr.splitlines() if line.startswith("warning: ")] == lines
 
     def test_the_same_seed_gives_the_same_text_and_another_another(self, model):
         one, same, other = (

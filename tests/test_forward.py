@@ -22,9 +22,10 @@ from cases import (
     same,
     step,
 )
-from twin import kept, on_each_isa
+from twin import SCALED, kept, on_each_isa
 
 from gemma4q.abi import OpCode, Space, TensorType
+from gemma4q.backends.native import KV_TYPES
 from gemma4q.backends.reference import Reference
 
 LINE = 1e-3
@@ -117,20 +118,19 @@ def test_every_layer_ends_where_transformers_layer_ends(name):
 
 @each_golden
 def test_short_keys_and_values_cost_what_their_rounding_costs(name):
-    """How much a model makes of a relative error is its own: that of F16's says what BF16 and Q8_0 may cost.
+    """How much a model makes of a relative error is its own: that of F16's says what shorter types may cost.
 
     A router near a tie goes the other way, which is no longer in proportion: hence 3.
     """
     x = np.random.default_rng(1).standard_normal((100, 32)).astype("f4")
     gains = {}
-    for kv in (TensorType.F16, TensorType.BF16, TensorType.Q8_0):
+    for kv in KV_TYPES[1:]:
         numbers, scales = kept(x, kv)
         error = rms(whole(name, kv), golden(name)["logits"])
         gains[kv] = error / rms(numbers * scales, x)
         assert 0 < gains[kv] < 3 * gains[TensorType.F16]
-        if kv != TensorType.Q8_0:  # of which the reference wants 32 values together
-            reference = Runner(model(name), Reference(), kv=kv).logits(step(golden(name)["ids"]))
-            assert error < 1.1 * rms(reference, golden(name)["logits"])
+        reference = Runner(model(name), Reference(), kv=kv).logits(step(golden(name)["ids"]))
+        assert error < (1.5 if kv in SCALED else 1.1) * rms(reference, golden(name)["logits"])
     assert rms(whole(name, TensorType.F16), golden(name)["logits"]) < 0.01
 
 

@@ -103,7 +103,7 @@ def test_keys_and_values_follow_the_attention_weights():
     f32, q4 = abi.TensorType.F32, abi.TensorType.Q4_0
     assert kv_type("auto", {"blk.0.attn_q.weight": f32, "blk.0.ffn_up.weight": q4}) == f32
     assert kv_type("auto", {"blk.0.attn_q.weight": f32, "blk.1.attn_qkv.weight": q4}) == abi.TensorType.F16
-    assert kv_type("q8_0", {}) == abi.TensorType.Q8_0
+    assert [kv_type(name, {}) for name in ("q8_0", "q4_0")] == [abi.TensorType.Q8_0, q4]
 
 
 def test_limits_hold_for_every_size():

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from cases import FLOATS, ISAS, KINDS, LIMITS, LOGITS, Model, Runner, same, step
 from tiny import tiny
 from twin import Twin, on_each_isa
 
-from gemma4q.abi import BufferType, OpCode, RowFlag, Status, TensorType, lib
+from gemma4q.abi import PAGE, BufferType, OpCode, RowFlag, Status, TensorType, lib
 from gemma4q.backends import get
-from gemma4q.backends.native import isas
+from gemma4q.backends.native import KV_TYPES, isas, page_bytes
 from gemma4q.errors import Gemma4qError
 from gemma4q.plan.batch import BIAS, Batch
 from gemma4q.plan.builder import STRETCH, TOP, Builder
+from gemma4q.plan.plan import KV
 
 F32 = TensorType.F32
 TOKENS = np.random.default_rng(0).integers(0, small.VOCAB, 90)
@@ -124,9 +126,17 @@ def test_buffers_can_be_read_between_ops(q4, isa):
 
 
 def test_memory_is_what_was_said_before(q4):
-    for isa in (*ISAS, None):
-        said = get("native").memory(q4.plan, q4.tensors, LIMITS, TensorType.F16, 3, isa)
-        assert Runner(q4, threads=3, kv=TensorType.F16, isa=isa).session.bytes == said
+    for isa, kv in [*product(ISAS, KV_TYPES), (None, TensorType.F16)]:
+        said = get("native").memory(q4.plan, q4.tensors, LIMITS, kv, 3, isa)
+        assert Runner(q4, threads=3, kv=kv, isa=isa).session.bytes == said
+
+
+@pytest.mark.parametrize("kv, bits", [*zip(KV_TYPES, (32, 16, 16, 8.5, 4.5), strict=True)])
+def test_a_page_takes_the_bits_of_its_type(kv, bits):
+    """Whole groups of 32 share scales of 16 bits; of 48 dimensions the second group is half empty."""
+    assert 8 * page_bytes(KV(0, 2, 128, 256, False), kv) == PAGE * 2 * (128 + 256) * bits
+    half_empty = 8 if bits in (8.5, 4.5) else 0
+    assert 8 * page_bytes(KV(0, 1, 48, 48, False), kv) == PAGE * 2 * (48 * bits + half_empty)
 
 
 def test_weights_are_counted_once_a_step_and_experts_once_each(q4):
@@ -322,7 +332,7 @@ def test_a_session_is_closed_once_or_twice(q4):
 
 
 def test_what_is_not_here_is_refused_by_name(q4):
-    for given, kind in (({"isa": "altivec"}, "unavailable"), ({"kv": TensorType.Q4_0}, "bad_option")):
+    for given, kind in (({"isa": "altivec"}, "unavailable"), ({"kv": TensorType.Q4_1}, "bad_option")):
         with pytest.raises(Gemma4qError) as error:
             get("native").load(q4.plan, q4.tensors, LIMITS, **given)
         assert error.value.kind == kind and "choose" in error.value.message

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gemma4q.abi import BLOCKS, PAGE, RowFlag, Space, Status, TensorType
 from gemma4q.backends import get, portable_kernels, portable_panels
+from gemma4q.backends.native import KV_TYPES
 from gemma4q.backends.portable_panels import Crew, Panels, product, repack
 from gemma4q.backends.portable_session import NUMBA, NUMPY, TOP, best_of
 from gemma4q.backends.reference import Reference
@@ -142,7 +143,7 @@ def test_prompt_and_generated_rows_equal_the_reference_in_every_format(model):
         assert a.top_ids[0, 0] == b.top_ids[0, 0]
 
 
-@pytest.mark.parametrize("kv", [TensorType.F16, TensorType.BF16, TensorType.Q8_0], ids=lambda t: t.name)
+@pytest.mark.parametrize("kv", KV_TYPES[1:], ids=lambda t: t.name)
 def test_keys_and_values_are_rounded_as_the_reference_rounds_them(small_model, kv):
     tokens = np.arange(70)
     sessions = both(small_model, kv)
@@ -329,7 +330,7 @@ def test_kernels_are_compiled_for_few_types(model):
 # -- What goes wrong -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv", [TensorType.F32, TensorType.Q8_0], ids=lambda t: t.name)
+@pytest.mark.parametrize("kv", KV_TYPES, ids=lambda t: t.name)
 def test_a_nan_is_reported_with_its_row(small_model, kv):
     _, session = both(small_model, kv)
     batch = Batch(LIMITS, WIDTH, VOCAB)

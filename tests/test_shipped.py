@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from terminal import GEMMA4Q, Person
 
@@ -163,3 +164,15 @@ def test_transformers_and_the_reference_write_the_same_text(name, tmp_path):
                 best = theirs(torch.tensor([ids + other[:at]])).logits[0, -1].topk(2).values
                 parted.append(float(best[0] - best[1]))
     assert len(parted) <= 2 and all(lead < 1e-3 for lead in parted), parted
+
+
+@each_name
+def test_keys_and_values_in_eight_bits_cost_little_and_in_four_what_is_warned_of(name):
+    """Root mean square of what logits change against F32, relative to theirs."""
+    logits = {}
+    for kv in ("f32", "q8_0", "q4_0"):
+        with gemma4q.load(shipped(name), context=256, kv=kv) as model:
+            logits[kv] = model.logits(model.tokenize("The cat is in the garden. Tom gives Anna two apples.", bos=True))
+    size = np.square(logits["f32"]).mean()
+    eight, four = (np.sqrt(np.square(logits[kv] - logits["f32"]).mean() / size) for kv in ("q8_0", "q4_0"))
+    assert 0 < eight < 0.04 and eight < four < 0.2

@@ -21,6 +21,7 @@ BOTH = np.dtype([*((name, A8[name]) for name in A8.names), ("bf16", "f4", 32)]) 
 F = np.float32
 LANES, ATTEND_BLOCK, ATTEND_SPAN = 16, 512, 1024
 TINY = np.finfo(F).tiny
+SCALED = (TensorType.Q8_0, TensorType.Q4_0)  # of the types of keys and values those of which 32 share a scale
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -168,12 +169,19 @@ def tile_product(x: np.ndarray, w: np.ndarray | Planes) -> np.ndarray:
 def kept(x: np.ndarray, kind: TensorType) -> tuple[np.ndarray, np.ndarray]:
     """Keys or values [..., dim] as a page keeps them: numbers, and scales of 32 each (1 where the type has none)."""
     groups = -(-x.shape[-1] // 32)
-    if kind != TensorType.Q8_0:
+    if kind not in SCALED:
         return rounded(x, kind), np.ones((*x.shape[:-1], groups), F)
     parts = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * 32 - x.shape[-1])]).reshape(*x.shape[:-1], groups, 32)
-    d = (np.abs(parts).max(-1) / F(127)).astype("f2").astype(F)
-    inverse = np.divide(F(1), d, out=np.zeros_like(d), where=d > 0)[..., None]
-    return np.rint((parts * inverse).clip(-127, 127)).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], d
+    if kind == TensorType.Q8_0:
+        d = (np.abs(parts).max(-1) / F(127)).astype("f2").astype(F)
+        inverse = np.divide(F(1), d, out=np.zeros_like(d), where=d > 0)[..., None]
+        q = np.rint((parts * inverse).clip(-127, 127))
+    else:
+        d = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1) / F(-8)
+        inverse = np.divide(F(1), d, out=np.zeros_like(d), where=np.abs(d) >= TINY)
+        q = np.trunc(parts * inverse + F(8.5)).clip(0, 15) - F(8)
+        d = d[..., 0].astype("f2").astype(F)
+    return q.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], d
 
 
 class Twin(Reference):
@@ -315,7 +323,7 @@ class TwinSession(ReferenceSession):
         keys, factor = stored[:, 0].transpose(1, 2, 0), scales[:, 0].transpose(1, 2, 0)
         s = np.zeros((*heads.shape[:3], len(stored)), F)
         for g in range(0, query.shape[-1], 32):
-            direct = self.kv_type != TensorType.Q8_0
+            direct = self.kv_type not in SCALED
             inner = s if direct else np.zeros_like(s)
             for i in range(g, min(g + 32, query.shape[-1])):
                 inner = fma(query[..., i, None], keys[:, i][None, :, None], inner)

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bound", type=float, default=1e-3)
-    parser.add_argument("--kv", choices=["f32", "f16", "bf16", "q8_0"], default="f32")
+    parser.add_argument("--kv", choices=["f32", "f16", "bf16", "q8_0", "q4_0"], default="f32")
     parser.add_argument("--generated", action="store_true", help="compute the rows as generated ones")
     parser.add_argument("--all", action="store_true", help="every op, not only those beyond the bound")
     sys.exit(compare(parser.parse_args()))

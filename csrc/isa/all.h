@@ -5,6 +5,7 @@
 #define TEXT(s) TEXT_(s)
 #define K(name) PASTE(name, ISA)
 #define INLINE inline __attribute__((always_inline))
+#include <float.h>
 #include <math.h>
 
 #include "../kernels.h"

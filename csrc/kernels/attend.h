@@ -2,17 +2,18 @@
  *
  * A page holds 64 positions. Of each KV head: keys as [4][key_dim][16 positions], so that a score needs no horizontal
  * sum, then values as [64][head_dim]. A quantised page adds the scales of 32 keys' or values' dimensions after each:
- * [4][key_dim / 32][16] and [64][head_dim / 32].
+ * [4][key_dim / 32][16] and [64][head_dim / 32]. In Q4_0 a byte holds two dimensions of one position, each less 8, the
+ * lower one in its low half: keys are [4][key_dim / 2][16], values [64][head_dim / 2].
  * Softmax runs in blocks that start at multiples of 512 positions, each on its own; the blocks of a span of 1,024 are
  * merged in order, and then the spans. So a row's bits do not depend on which other rows, heads or threads share the work.
  */
 
 typedef struct { uint8_t *keys, *key_scales, *values, *value_scales; } K(kv_page);
 
-static INLINE int K(has_scales)(int32_t type) { return type == TYPE_Q8_0; }
+static INLINE int K(has_scales)(int32_t type) { return type == TYPE_Q8_0 || type == TYPE_Q4_0; }
 /* Bytes of `count` dimensions of stored keys or values, scales apart. */
 static INLINE int64_t K(value_bytes)(int32_t type, int64_t count) {
-    return type == TYPE_Q8_0 ? count : type == TYPE_F32 ? 4 * count : 2 * count;
+    return type == TYPE_Q4_0 ? count / 2 : type == TYPE_Q8_0 ? count : type == TYPE_F32 ? 4 * count : 2 * count;
 }
 static inline int64_t K(scale_count)(int32_t type, int32_t dim) { return K(has_scales)(type) ? (dim + 31) / 32 : 0; }
 
@@ -59,6 +60,18 @@ static inline _Float16 K(put_q8_0)(const float *x, int32_t n, int8_t *at, int64_
     }
     return d;
 }
+/* The rule of ggml's Q4_0, less 8. */
+static inline uint8_t K(nibble)(float x, float inverse) {
+    const float q = x * inverse + 8.5f;
+    return (uint8_t)((q >= 15.0f ? 15 : q >= 0.0f ? (int)q : 0) - 8) & 15;
+}
+static inline _Float16 K(put_q4_0)(const float *x, int32_t n, uint8_t *at, int64_t step) {
+    const float d = K(farthest)(x, n) / -8.0f;
+    const float inverse = fabsf(d) >= FLT_MIN ? 1.0f / d : 0.0f;
+    for (int32_t i = 0; i < n; i += 2)
+        at[i / 2 * step] = (uint8_t)(K(nibble)(x[i], inverse) | K(nibble)(x[i + 1], inverse) << 4);
+    return (_Float16)d;
+}
 /* `dim` values as number `lane` of `step`; quantised ones in groups of 32 with a scale each. */
 static inline void K(put_vector)(const float *x, int32_t dim, int32_t type, uint8_t *at, uint8_t *scales, int64_t step,
                                  int64_t lane) {
@@ -69,7 +82,8 @@ static inline void K(put_vector)(const float *x, int32_t dim, int32_t type, uint
     for (int32_t g = 0; g < dim; g += 32) {
         const int32_t n = dim - g < 32 ? dim - g : 32;
         uint8_t *first = at + K(value_bytes)(type, g * step) + lane;
-        const _Float16 d = K(put_q8_0)(x + g, n, (int8_t *)first, step);
+        const _Float16 d =
+            type == TYPE_Q8_0 ? K(put_q8_0)(x + g, n, (int8_t *)first, step) : K(put_q4_0)(x + g, n, first, step);
         __builtin_memcpy(scales + 2 * (g / 32 * step + lane), &d, 2);
     }
 }
@@ -122,7 +136,13 @@ static INLINE vf K(load_kv)(const uint8_t *at, int64_t index, int type) {
     return type == TYPE_F32    ? K(load)((const float *)at + index)
            : type == TYPE_F16  ? K(load_f16)((const f16 *)at + index)
            : type == TYPE_BF16 ? K(load_bf16)((const bf16 *)at + index)
-                               : K(load_i8)((const int8_t *)at + index);
+           : type == TYPE_Q8_0 ? K(load_i8)((const int8_t *)at + index)
+                               : K(load_i4)(at + index / 2);
+}
+/* Dimension `i` of sixteen positions; `odd` says whether it is. */
+static INLINE vf K(load_key)(const uint8_t *keys, int64_t i, int odd, int type) {
+    return type == TYPE_Q4_0 ? K(load_halves)(keys + K(value_bytes)(type, (i - odd) * LANES), odd)
+                             : K(load_kv)(keys, i * LANES, type);
 }
 static INLINE float K(scale_at)(const uint8_t *scales, int64_t index) {
     f16 h;
@@ -150,7 +170,7 @@ static INLINE void K(score_keys)(const K(attention) *a, K(kv_page) p, int sub, c
                 vf key[2];
 #pragma GCC unroll 2
                 for (int side = 0; side < sides; side++) {
-                    key[side] = K(load_kv)(keys, (side * dim + i) * LANES, type);
+                    key[side] = K(load_key)(keys, (int64_t)side * dim + i, odd, type);
                     if (!odd || type == TYPE_F32) /* of the others two dimensions are a line at most */
                         K(prefetch)(keys + K(value_bytes)(type, (side * dim + i) * LANES) + AHEAD_OF_KEYS);
                 }
@@ -326,6 +346,7 @@ BLOCKS_FOR(F32)
 BLOCKS_FOR(F16)
 BLOCKS_FOR(BF16)
 BLOCKS_FOR(Q8_0)
+BLOCKS_FOR(Q4_0)
 #undef BLOCKS_FOR
 #undef BLOCKS_OF
 
@@ -342,7 +363,8 @@ static void K(attend_span)(K(attention) *a, const context *c, int32_t first, int
     if (a->l->type == TYPE_F32) K(blocks_F32)(a, c, first, last);
     else if (a->l->type == TYPE_F16) K(blocks_F16)(a, c, first, last);
     else if (a->l->type == TYPE_BF16) K(blocks_BF16)(a, c, first, last);
-    else K(blocks_Q8_0)(a, c, first, last);
+    else if (a->l->type == TYPE_Q8_0) K(blocks_Q8_0)(a, c, first, last);
+    else K(blocks_Q4_0)(a, c, first, last);
 }
 static inline void K(divide)(float *y, const float *out, float sum, int32_t dim) {
     for (int32_t i = 0; i < dim; i++) y[i] = out[i] / sum;

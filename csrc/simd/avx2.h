@@ -29,18 +29,31 @@ static INLINE vf K(load_i8)(const int8_t *p) {
     return (vf){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))),
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8))))};
 }
+/* The same four bytes in every lane. */
+static INLINE __m256i K(quad)(const int8_t *x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+/* Signed halves of bytes: of eight all, the lower one first; of sixteen the low ones, or the high ones. */
+static INLINE __m256 K(top_four)(__m256i x) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(x, 28)); }
+static INLINE vf K(load_i4)(const uint8_t *p) {
+    const __m256i up = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+    return (vf){K(top_four)(_mm256_sllv_epi32(K(quad)((const int8_t *)p), up)),
+                K(top_four)(_mm256_sllv_epi32(K(quad)((const int8_t *)p + 4), up))};
+}
+static INLINE vf K(load_halves)(const uint8_t *p, int high) {
+    const __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+                  b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)));
+    const int up = high ? 24 : 28;
+    return (vf){K(top_four)(_mm256_slli_epi32(a, up)), K(top_four)(_mm256_slli_epi32(b, up))};
+}
 
 /* u8 times s8, summed in fours. Pairs stay below 2^15 where q <= 127; a full byte is made signed and |q| takes its place. */
 static INLINE __m256i K(pairs)(__m256i w, __m256i x, int most) {
     if (most <= 127) return _mm256_maddubs_epi16(w, x);
     const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     return _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(x, s));
-}
-/* The same four bytes in every lane. */
-static INLINE __m256i K(quad)(const int8_t *x) {
-    int32_t four;
-    __builtin_memcpy(&four, x, 4);
-    return _mm256_set1_epi32(four);
 }
 static INLINE __m256i K(dot8)(const uint8_t *w, const int8_t *x, int dwords, int most, __m256i sum) {
     /* Sums of pairs that still fit 16 bits: 2 * 127 * most each. */

@@ -18,6 +18,22 @@ static INLINE vf K(load_bf16)(const bf16 *p) {
 static INLINE vf K(load_i8)(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
+/* The last four bits of each dword, signed. */
+static INLINE vf K(last_four)(vi x) {
+    return _mm512_permutexvar_ps(x, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+}
+/* Signed halves of bytes: of eight all, the lower one first; of sixteen the low ones, or the high ones. */
+static INLINE vf K(load_i4)(const uint8_t *p) {
+    int64_t eight;
+    __builtin_memcpy(&eight, p, 8);
+    const vi at =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60); /* first bit of each */
+    return K(last_four)(_mm512_multishift_epi64_epi8(at, _mm512_set1_epi64(eight)));
+}
+static INLINE vf K(load_halves)(const uint8_t *p, int high) {
+    const vi x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return K(last_four)(high ? _mm512_srli_epi32(x, 4) : x);
+}
 
 /* The same four bytes in every lane. */
 static INLINE vi K(quad)(const int8_t *x) {

@@ -44,11 +44,20 @@ static INLINE vf K(load_bf16)(const bf16 *p) {
     EACH x.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)p + 4 * i), 16));
     return x;
 }
-static INLINE vf K(load_i8)(const int8_t *p) {
-    const int8x16_t x = vld1q_s8(p);
+static INLINE vf K(widened)(int8x16_t x) {
     const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_s8(vget_high_s8(x));
     return K(to_float)((vi){{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
                              vmovl_s16(vget_high_s16(high))}});
+}
+static INLINE vf K(load_i8)(const int8_t *p) { return K(widened)(vld1q_s8(p)); }
+/* Signed halves of bytes: of eight all, the lower one first; of sixteen the low ones, or the high ones. */
+static INLINE int8x16_t K(half_of)(int8x16_t x, int high) { return vshrq_n_s8(high ? x : vshlq_n_s8(x, 4), 4); }
+static INLINE vf K(load_i4)(const uint8_t *p) {
+    const int8x16_t x = vcombine_s8(vld1_s8((const int8_t *)p), vdup_n_s8(0));
+    return K(widened)(vzip1q_s8(K(half_of)(x, 0), K(half_of)(x, 1)));
+}
+static INLINE vf K(load_halves)(const uint8_t *p, int high) {
+    return K(widened)(K(half_of)(vld1q_s8((const int8_t *)p), high));
 }
 static INLINE vi K(fill)(int32_t x) {
     vi y;

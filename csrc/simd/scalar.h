@@ -50,6 +50,17 @@ static INLINE vf K(load_i8)(const int8_t *p) {
     EACH r.v[i] = (float)p[i];
     return r;
 }
+/* Signed halves of bytes: of eight all, the lower one first; of sixteen the low ones, or the high ones. */
+static INLINE vf K(load_i4)(const uint8_t *p) {
+    vf r;
+    EACH r.v[i] = (float)((int8_t)(p[i / 2] << (i % 2 ? 0 : 4)) >> 4);
+    return r;
+}
+static INLINE vf K(load_halves)(const uint8_t *p, int high) {
+    vf r;
+    EACH r.v[i] = (float)((int8_t)(p[i] << (high ? 0 : 4)) >> 4);
+    return r;
+}
 static INLINE vi K(sum_from)(int bias, int most, int32_t minus_sum) {
     (void)most;
     vi sum;

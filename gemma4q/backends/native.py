@@ -38,7 +38,8 @@ from . import StepResult, TensorData
 
 WEIGHT, KV_LAYER, RESULT = dtype("weight"), dtype("kv_layer"), dtype("run_result")
 MATRICES = (OpCode.MATMUL, OpCode.EMBED, OpCode.EMBED_ROWS, OpCode.EXPERTS_UP, OpCode.EXPERTS_DOWN)
-KV_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0)
+KV_TYPES = (TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0, TensorType.Q4_0)
+KV_BITS = {TensorType.Q8_0: 8, TensorType.Q4_0: 4}  # of a value, where 32 share a scale
 POPULATE_WRITE = 23  # madvise(2): since Linux 5.14
 SPAN = 1024  # positions: ATTEND_SPAN of csrc/kernels.h
 FETCH_BYTES = 64 << 20  # that closing waits for
@@ -63,7 +64,7 @@ def page_bytes(kv: KV, kind: TensorType) -> int:
     """Bytes of one page of one layer, all KV heads (csrc/kernels/attend.h)."""
 
     def values(dim: int) -> int:
-        return PAGE * (dim + 2 * -(-dim // 32) if kind == TensorType.Q8_0 else row_bytes(kind, dim))
+        return PAGE * (dim * KV_BITS[kind] // 8 + 2 * -(-dim // 32) if kind in KV_BITS else row_bytes(kind, dim))
 
     return kv.kv_heads * (values(kv.key_dim) + values(kv.head_dim))
 

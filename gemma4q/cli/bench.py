@@ -50,7 +50,7 @@ engine = options.together(
     click.option("-t", "--threads", type=Numbers(1), multiple=True, help="Threads; default: the cores we may use."),
     click.option("--backend", "backends", type=Names(options.BACKENDS), multiple=True, help="Who computes."),
     click.option("--isa", "isas", type=Names(), multiple=True, help="Instruction sets (see `gemma4q doctor`)."),
-    click.option("--kv", "-ctk", "kvs", type=Names(options.KV_TYPES), multiple=True, help="Types of keys and values."),
+    click.option("--kv", "-ctk", "kvs", type=Names(options.KV_TYPES), multiple=True, help=options.KV_HELP),
 )
 what = options.together(
     click.option(
@@ -109,6 +109,7 @@ def bench(model: str | None, plot: str | None, results: str, **given) -> int:
         _writable(given["save"])
         run = {"against": _gate, "versus": _versus}.get(modes[0] if modes else "", _measure)
         code = run(model, results=Path(results), **given)
+        options.warn_of_kv(*(kv for kvs in given["kvs"] for kv in kvs))
     if plot:
         from ..measure import history
         from ..measure.plot import draw

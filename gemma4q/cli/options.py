@@ -12,9 +12,12 @@ from typing import NamedTuple
 import click
 
 from ..shipped import shipped
+from .terminal import warn
 
 BACKENDS = ("auto", "native", "portable", "reference")
-KV_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+KV_TYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q4_0")
+KV_HELP = "Type of keys and values; q4_0 makes answers visibly worse, q8_0 next to not at all."
+Q4_COSTS = "keys and values in q4_0 make answers visibly worse: q8_0 takes twice the memory and loses next to nothing"
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -94,6 +97,12 @@ SAMPLING = (
 )
 
 
+def warn_of_kv(*kinds: str) -> None:
+    """Says what keys and values in four bits cost, to whoever asked for that."""
+    if "q4_0" in kinds:
+        warn(Q4_COSTS, "warning")
+
+
 def given(values: dict[str, object]) -> dict[str, object]:
     """Takes the sampling options that were given out of a command's values, as the engine wants them."""
     found = {setting.name: values.pop(setting.name) for setting in SAMPLING}
@@ -119,7 +128,7 @@ context_size = click.option(
 threads = click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: the cores we may use.")
 backend = click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Who computes.")
 isa = click.option("--isa", help="Use this instruction set (see `gemma4q doctor`), not the best one.")
-kv = click.option("--kv", type=click.Choice(KV_TYPES), default="auto", help="Type of keys and values.")
+kv = click.option("--kv", type=click.Choice(KV_TYPES), default="auto", help=KV_HELP)
 machine = together(context_size, threads, backend, isa, kv)
 sampling = together(
     *(click.option(*s.flags.split(), s.name, type=s.type, multiple=s.multiple, help=s.help) for s in SAMPLING),

@@ -21,6 +21,7 @@ def plan(model: str, context: int | None, threads: int | None, backend: str, kv:
     from ..engine.model import Prepared
 
     found = Prepared(model, backend, threads=threads, context=context, kv=kv).memory
+    options.warn_of_kv(kv)
     have, why = found.available
     if as_json:
         entries = [asdict(entry) for entry in found.entries]

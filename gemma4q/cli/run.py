@@ -57,6 +57,8 @@ def run(model: str | None, words: tuple[str, ...], file: str | None, raw: bool, 
     with _load(model, values, quiet) as loaded:
         if not quiet and values["backend"] == "auto" and (slow := why_slow(loaded.backend.name)):
             warn(slow)
+        if not quiet:
+            options.warn_of_kv(values["kv"])
         mute = not raw and not _can_chat(loaded, values["chat_template"])
         if mute and (text is None or values["tools"]):
             raise Gemma4qError("missing_key", f"{model} cannot chat: {NO_TEMPLATE}; --raw completes a text")

@@ -24,8 +24,8 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
-def warn(text: str) -> None:
-    note(style(f"note: {text}", sys.stderr, "33"))
+def warn(text: str, word: str = "note") -> None:
+    note(style(f"{word}: {text}", sys.stderr, "33"))
 
 
 def style(text: str, stream: TextIO, code: str) -> str:

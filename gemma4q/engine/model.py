@@ -32,7 +32,7 @@ from .sequence import Answer, Scoring
 from .threads import choose_threads
 
 PAGE_BYTES = 4096
-KV_TYPES = ("f32", "f16", "bf16", "q8_0")
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def load(
@@ -43,8 +43,9 @@ def load(
 
     backend: auto, native, portable or reference. isa: an instruction set below the best one. threads: None: the cores
     we may use. context: tokens of prompt and answer together; None: 8,192, or 4,096 where memory is short, and no more
-    than the model was trained for. kv: the type of keys and values, f32, f16, bf16 or q8_0; auto: F32 for a model of
-    F32, else F16. sequences: how many requests may run at once; each has a whole context.
+    than the model was trained for. kv: the type of keys and values, f32, f16, bf16, q8_0, or q4_0, with which answers
+    get visibly worse; auto: F32 for a model of F32, else F16. sequences: how many requests may run at once; each has a
+    whole context.
     Raises `Gemma4qError`: a file's faults, `too_big` with what is needed and what is there, `bad_option`, ...
     """
     return Model(path, backend, isa, threads, context, kv, sequences)
