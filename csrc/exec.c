@@ -91,16 +91,14 @@ static int64_t count_time(int64_t *time, int64_t before) {
     return after;
 }
 
+static int of_experts(const op *o) { return o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN; }
+
 /* Bytes of weights an op reads: each matrix once, an expert once however many rows chose it. */
 static int64_t bytes_read(const op *o, const context *c) {
-    const int expert = o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN;
     int64_t bytes = 0;
-    if (o->code != OP_MATMUL && !expert) return 0;
-    for (int32_t j = 0; j < 4 && o->weight[j] >= 0; j++) {
-        const weight *w = &c->weights[o->weight[j]];
-        bytes += w->rows * row_bytes(w->type, w->cols) * (expert ? *(const int32_t *)buffer_row(c, o->in[2], 0) : 1);
-    }
-    return bytes;
+    if (o->code != OP_MATMUL && !of_experts(o)) return 0;
+    for (int32_t j = 0; j < 4 && o->weight[j] >= 0; j++) bytes += matrix_bytes(&c->weights[o->weight[j]]);
+    return bytes * (of_experts(o) ? *(const int32_t *)buffer_row(c, o->in[2], 0) : 1);
 }
 
 /* A thread takes its own run of chunks in order, one stream through memory, then helps out with what others have left. */
@@ -137,10 +135,9 @@ static void run_op(session *s, int32_t number, int32_t chunks, const context *c,
 static void fetch_experts(const session *s, int32_t number, const context *c) {
     const int32_t *groups = buffer_row(c, s->ops[number].in[2], 0);
     for (const op *o = &s->ops[number];; o++) {
-        const int expert = o->code == OP_EXPERTS_UP || o->code == OP_EXPERTS_DOWN;
-        for (int32_t j = 0; expert && j < 4 && o->weight[j] >= 0; j++) {
+        for (int32_t j = 0; of_experts(o) && j < 4 && o->weight[j] >= 0; j++) {
             const weight *w = &c->weights[o->weight[j]];
-            const int64_t bytes = w->rows * row_bytes(w->type, w->cols);
+            const int64_t bytes = matrix_bytes(w);
             for (int32_t g = 0; g < groups[0]; g++)
                 mapping_fetch(w->data + (uint64_t)(groups[1 + 2 * g] * bytes), bytes);
         }
@@ -351,12 +348,11 @@ static void matmul_share_once(void *arg, int32_t thread, int32_t threads) {
             const int64_t first = (int64_t)n * share, height = w->rows - first < share ? w->rows - first : share;
             for (int32_t r0 = 0; r0 < m->rows; r0 += MOST_TOKENS) {
                 const int32_t rows = m->rows - r0 < MOST_TOKENS ? m->rows - r0 : MOST_TOKENS;
-                const int32_t prompt = m->prompt < r0 ? 0 : m->prompt - r0 < rows ? m->prompt - r0 : rows;
                 for (int32_t r = 0; r < rows; r++) {
                     x[r] = m->x + (r0 + r) * m->x_stride;
                     y[r] = m->y + (int64_t)(r0 + r) * w->rows + first;
                 }
-                m->kernels->matmul(w, first, height, x, y, rows, prompt, scratch);
+                m->kernels->matmul(w, first, height, x, y, rows, prompt_among(m->prompt, r0, rows), scratch);
             }
         }
 }
@@ -365,7 +361,7 @@ int32_t matmul_once(pool *threads, int32_t isa, const weight *weights, int32_t c
     const kernel_table *kernels = kernels_of(isa);
     const weight *w = weights;
     const int is_float = w->type == TYPE_F32 || w->type == TYPE_F16 || w->type == TYPE_BF16;
-    if (!kernels || !block_of(w->type).bytes || w->rows * row_bytes(w->type, w->cols) > w->bytes) return -1;
+    if (!kernels || !block_of(w->type).bytes || matrix_bytes(w) > w->bytes) return -1;
     once m = {.kernels = kernels,
               .weights = weights,
               .y = y,

@@ -80,6 +80,10 @@ static inline int32_t prompt_rows(const op *o, const context *c) {
     while (n < c->head->wanted && c->wanted[n] < c->head->prompt_rows) n++;
     return n;
 }
+/* Of `count` rows from `first` on those among the first `prompt`. */
+static inline int32_t prompt_among(int32_t prompt, int32_t first, int32_t count) {
+    return prompt < first ? 0 : prompt - first < count ? prompt - first : count;
+}
 static inline void *buffer_row(const context *c, int32_t number, int64_t row) {
     return c->arena + c->buffers[number].offset + row * c->buffers[number].stride;
 }
@@ -124,6 +128,9 @@ static inline int64_t row_bytes(int32_t type, int64_t cols) {
     const block_size b = block_of(type);
     return cols / b.values * b.bytes;
 }
+
+/* Of one matrix; experts are many. */
+static inline int64_t matrix_bytes(const weight *w) { return w->rows * row_bytes(w->type, w->cols); }
 
 /* Bytes from row to row of rounded activations: block_a8, or on tiles for prompt rows bf16. Then rows are twice an odd
  * number of lines apart, so that the same columns of 32 tokens spread evenly over the sets of the first cache. */

@@ -215,8 +215,8 @@ void mapping_touch(uint64_t address, int64_t bytes);
 void mapping_scattered(uint64_t address, int64_t bytes);
 
 /* Matmuls without a plan, for tests and the bench: y [rows, w->rows] = x [rows, w->cols] . W', both F32, of each of
- * `count` matrices of one shape and type; the last one's result stays. The first `prompt_rows`
- * rows are a prompt's. */
+ * `count` matrices of one shape and type; the last one's result stays. The first `prompt_rows` rows are a
+ * prompt's. */
 int32_t matmul_once(pool *, int32_t isa, const weight *, int32_t count, const float *x, float *y, int32_t rows,
                     int32_t prompt_rows, uint8_t *scratch);
 void quantize_row(int32_t isa, const float *x, block_a8 *y, int32_t cols);

@@ -64,7 +64,7 @@ static inline int32_t K(prompt_pairs)(const op *o, const context *c, const int32
 }
 static inline weight K(expert)(const weight *all, int32_t e) {
     weight w = *all;
-    w.data += (uint64_t)e * (uint64_t)w.rows * (uint64_t)row_bytes(w.type, w.cols);
+    w.data += (uint64_t)e * (uint64_t)matrix_bytes(all);
     return w;
 }
 

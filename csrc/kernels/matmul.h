@@ -222,7 +222,6 @@ static void K(matmul)(const op *o, const context *c, int32_t chunk) {
             x[t] = buffer_row(c, o->in[0], t0 + t);
             y[t] = (float *)buffer_row(c, o->out, t0 + t) + first;
         }
-        const int32_t given = prompt < t0 ? 0 : prompt - t0 < n ? prompt - t0 : n;
-        K(matmul_rows)(w, first, rows, x, y, n, given, (uint8_t *)(y + MOST_TOKENS));
+        K(matmul_rows)(w, first, rows, x, y, n, prompt_among(prompt, t0, n), (uint8_t *)(y + MOST_TOKENS));
     }
 }

@@ -65,23 +65,13 @@ class Backend(Protocol):
 
     def available(self) -> str | None: ...  # None, or why it is not
     def memory(
-        self,
-        plan: Plan,
-        tensors: Mapping[str, TensorData],
-        limits: Limits,
-        kv: TensorType,
-        threads: int,
+        self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int,
         isa: str | None = None,
-    ) -> dict[str, int]: ...
+    ) -> dict[str, int]: ...  # fmt: skip
     def load(
-        self,
-        plan: Plan,
-        tensors: Mapping[str, TensorData],
-        limits: Limits,
-        kv: TensorType,
-        threads: int,
+        self, plan: Plan, tensors: Mapping[str, TensorData], limits: Limits, kv: TensorType, threads: int,
         isa: str | None,
-    ) -> Session: ...
+    ) -> Session: ...  # fmt: skip
 
 
 def get(name: str) -> Backend:

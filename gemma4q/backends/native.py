@@ -46,15 +46,20 @@ FETCH_BYTES = 64 << 20  # that closing waits for
 SPARE_ROWS = 256  # rows of a table kept beyond those of one step
 
 
+def _compiled() -> list[str]:
+    """Instruction sets by their numbers, here or not."""
+    return [ffi.string(lib.isa_name(i)).decode() for i in range(lib.isa_count())]
+
+
 def isas() -> tuple[str, ...]:
     """Instruction sets this library has and this CPU can run, best first."""
-    return tuple(ffi.string(lib.isa_name(i)).decode() for i in range(lib.isa_count()) if lib.isa_available(i))
+    return tuple(name for i, name in enumerate(_compiled()) if lib.isa_available(i))
 
 
 def level_of(isa: str | None) -> int:
     """The number of an instruction set, or of the best; `unavailable` when it is not here."""
-    names = [ffi.string(lib.isa_name(i)).decode() for i in range(lib.isa_count())]
-    level = names.index(isa or isas()[0]) if (isa or isas()[0]) in names else -1
+    names, wanted = _compiled(), isa or isas()[0]
+    level = names.index(wanted) if wanted in names else -1
     if not lib.isa_available(level):
         raise Gemma4qError("unavailable", f"instruction set {isa} is not here: choose {', '.join(isas())}")
     return level
@@ -283,10 +288,10 @@ class NativeSession:
             prompt = int((self.last.wanted[: self.last.header["wanted"]] < prompt).sum())
         blocks = x[prompt:, : a8_bytes(buffer.width)].view(dtype("block_a8"))
         values = (blocks["d"][..., None] * blocks["qs"]).reshape(len(x) - prompt, -1)
+        if not prompt:
+            return values
         # Where rows have room for it, those of prompts are bf16.
-        return (
-            np.concatenate([dequantize(x[:prompt, : 2 * buffer.width], TensorType.BF16), values]) if prompt else values
-        )
+        return np.concatenate([dequantize(x[:prompt, : 2 * buffer.width], TensorType.BF16), values])
 
     def profile(self, on: bool) -> np.ndarray:
         """Nanoseconds of each op, summed over steps from now on; the array is live."""
