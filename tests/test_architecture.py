@@ -36,8 +36,9 @@ MAY_IMPORT = {
     "backends": {"plan", "abi", "gguf.quants"},
     "engine": BELOW_ENGINE,
     "convert": {"text.tokenizer", "model", "gguf", "abi"},
+    "quantize": {"model", "gguf", "abi", "convert.output", "convert.split"},
     "measure": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "measure"},
+    "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "quantize", "measure"},
     "__init__": {"engine"},
     "__main__": {"cli"},
 }

@@ -10,6 +10,8 @@ from math import prod
 import numpy as np
 
 from gemma4q.abi import TensorType, row_bytes
+from gemma4q.quantize.mixtures import MIXTURES, Traits, types
+from gemma4q.quantize.overrides import Overrides
 
 ALIGNMENT = 32  # bytes, of every tensor in the file
 
@@ -129,46 +131,37 @@ def metadata(shape: Shape) -> dict[str, object]:
     return {"general.architecture": "gemma4"} | {f"gemma4.{key}": value for key, value in keys.items()}
 
 
-# -- Types by recipe: what llama-quantize writes -------------------------------------------------------
+# -- Types by recipe: what llama-quantize makes of a checkpoint in BF16 ---------------------------------
 
 T = TensorType
-SCHEMES = {"f32": T.F32, "bf16": T.BF16, "q4_0": T.Q4_0, "q8_0": T.Q8_0, "q4_k_m": T.Q4_K}
-FILE_TYPE = {"f32": 0, "bf16": 32, "q4_0": 2, "q8_0": 7, "q4_k_m": 15}
-NARROW = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}  # where a row is no multiple of 256
+SCHEMES = {"f32": "F32", "bf16": "BF16", "q4_0": "Q4_0", "q8_0": "Q8_0", "q4_k_m": "Q4_K_M"}
+FILE_TYPE = {scheme: MIXTURES[name].file_type for scheme, name in SCHEMES.items()}
 
 
-def takes_more_bits(i: int, n: int) -> bool:
-    """Of n tensors of a kind, those that Q4_K_M raises to Q6_K: the first and last eighth, and every third between."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+@dataclass(frozen=True)
+class Kind:
+    """A tensor's shape and type."""
+
+    shape: tuple[int, ...]
+    type: TensorType
+
+
+def checkpoint(shape: Shape, matrices: TensorType = T.BF16) -> dict[str, Kind]:
+    """Every tensor of `tensors(shape)` as `convert` writes it."""
+    return {
+        name: Kind(dims, T.F32 if len(dims) == 1 or name.endswith("ffn_gate_inp.weight") else matrices)
+        for name, dims in tensors(shape).items()
+    }
+
+
+def traits(shape: Shape) -> Traits:
+    return Traits(shape.layers, shape.heads // shape.kv_heads[0] >= 4, shape.experts)
 
 
 def tensor_types(shape: Shape, scheme: str) -> dict[str, TensorType]:
     """The type of every tensor of `tensors(shape)` under a recipe of SCHEMES."""
-    base, out = SCHEMES[scheme], {}
-    shapes = tensors(shape)
-    with_values = [name for name in shapes if name.endswith("attn_v.weight")]
-    for name, dims in shapes.items():
-        kind = name.removesuffix(".weight").split(".")[-1]
-        if len(dims) == 1 or kind == "ffn_gate_inp":
-            type = T.F32
-        elif scheme in ("f32", "bf16"):
-            type = base
-        elif kind == "per_layer_model_proj":
-            type = T.BF16
-        elif kind in ("token_embd", "per_layer_token_embd"):
-            type = T.Q8_0 if base == T.Q8_0 else T.Q6_K
-        elif base == T.Q4_K and raised(kind, name, shape, with_values):
-            type = T.Q6_K
-        else:
-            type = base
-        out[name] = NARROW[type] if type in NARROW and dims[-1] % 256 else type
-    return out
-
-
-def raised(kind: str, name: str, shape: Shape, with_values: list[str]) -> bool:
-    if kind == "attn_v":
-        return takes_more_bits(with_values.index(name), len(with_values))
-    return kind in ("ffn_down", "ffn_down_exps") and takes_more_bits(int(name.split(".")[1]), shape.layers)
+    source = checkpoint(shape, T.F32 if scheme == "f32" else T.BF16)
+    return types(source, traits(shape), MIXTURES[SCHEMES[scheme]], Overrides())
 
 
 def tensor_bytes(dims: tuple[int, ...], type: TensorType) -> int:
