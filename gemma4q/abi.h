@@ -221,6 +221,10 @@ int32_t matmul_once(pool *, int32_t isa, const weight *, int32_t count, const fl
                     int32_t prompt_rows, uint8_t *scratch);
 void quantize_row(int32_t isa, const float *x, block_a8 *y, int32_t cols);
 int32_t dequantize_row(int32_t isa, int32_t type, const uint8_t *x, float *y, int32_t cols);
+/* Quantises rows of whole blocks; importance: [cols] of each row's squared errors, NULL: all 1. error: NULL, or of each row
+ * the sum of importance * (x - decoded)^2. STATUS_NON_FINITE: x holds NaN or infinity; -1: no such encoder. */
+int32_t encode_rows(pool *, int32_t isa, int32_t type, const float *x, int64_t rows, int64_t cols,
+                    const float *importance, uint8_t *out, double *error);
 double read_bandwidth(pool *, const uint8_t *data, int64_t bytes);     /* bytes a second */
 
 /* -- Tokenizer ----------------------------------------------------------------------------------------- */

@@ -1,1 +1,1 @@
-"""Quantising: which type each tensor gets, and files in these types."""
+"""Models made smaller: how blocks are found, which tensor gets which, and the file that comes of it."""
