@@ -4,15 +4,14 @@ Types are those of llama.cpp's converter, and rounding is gguf.quants', so that 
 and no shapes; at no time more than a few pieces are in memory, whatever the tensor's size.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
-from itertools import islice
+from concurrent.futures import Executor
 
 import numpy as np
 
 from ..abi import TensorType
 from ..errors import Gemma4qError
+from ..gguf.pieces import ahead
 from ..gguf.quants import quantize
 from ..gguf.writer import TensorData
 from .names import CLIPS
@@ -63,7 +62,7 @@ def packed(
 
     def pieces() -> Iterator[np.ndarray]:
         starts = range(0, size, PIECE)
-        return _ahead(pool, lambda start: _piece(stored, start, min(PIECE, size - start), type), starts)
+        return ahead(pool, lambda start: _piece(stored, start, min(PIECE, size - start), type), starts, AHEAD)
 
     return TensorData(name, type, shape, changed if change else pieces)
 
@@ -82,19 +81,6 @@ def ordering(name: str, stored: Stored, vocab: int) -> TensorData:
         yield values.astype("<i4")
 
     return TensorData(name, I32, (vocab,), chunks)
-
-
-def _ahead(pool: Executor, work: Callable[[int], np.ndarray], starts: range) -> Iterator[np.ndarray]:
-    """`work` of every start, in order, a few of them done in advance."""
-    rest = iter(starts)
-    pending: deque[Future] = deque(pool.submit(work, start) for start in islice(rest, AHEAD))
-    try:
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(work, start) for start in islice(rest, 1))
-    finally:
-        for future in pending:
-            future.cancel()
 
 
 def _piece(stored: Stored, start: int, count: int, type: TensorType) -> np.ndarray:

@@ -44,16 +44,22 @@ def in_parts(
         if most_bytes and groups[-1] and held + tensor.nbytes > most_bytes:
             groups.append([])
         groups[-1].append(tensor)
-    count = len(groups)
+    if len(groups) > MOST_PARTS:
+        fault = f"parts of {most_bytes:,} bytes are {len(groups)}; at most {MOST_PARTS} are read"
+        raise Gemma4qError("too_many_parts", fault)
+    return parts_of(path, metadata, types, groups)
+
+
+def parts_of(
+    path: Path, metadata: Mapping, types: Mapping[str, Types], groups: Sequence[Sequence[TensorData]]
+) -> list[Planned]:
+    """The files of a model, each with its group of tensors; a single one is called `path`."""
+    count, tensors = len(groups), sum(map(len, groups))
     if count == 1:
-        return [Planned(path, metadata, types, tensors)]
-    if count > MOST_PARTS:
-        raise Gemma4qError(
-            "too_many_parts", f"parts of {most_bytes:,} bytes are {count}; at most {MOST_PARTS} are read"
-        )
+        return [Planned(path, metadata, types, groups[0])]
     out = []
     for number, group in enumerate(groups):
-        keys = {"split.no": number, "split.count": count, "split.tensors.count": len(tensors)}
+        keys = {"split.no": number, "split.count": count, "split.tensors.count": tensors}
         own = {**metadata, **keys} if number == 0 else keys
         if number and "general.alignment" in metadata:
             own["general.alignment"] = metadata["general.alignment"]
@@ -68,7 +74,7 @@ def split(path: str | os.PathLike, to: Path | None, most_bytes: int, progress: P
     Raises the reader's kinds, those of `write_files`, too_many_parts, and fits where one part would be all.
     """
     gguf = open_gguf(path)
-    to = Path(to) if to else gguf.path.with_name(_stem(gguf.path) + ".gguf")
+    to = Path(to) if to else gguf.path.with_name(stem_of(gguf.path) + ".gguf")
     to = to if to.suffix == ".gguf" else to.with_name(to.name + ".gguf")
     planned = in_parts(to, *_unsplit(gguf), most_bytes)
     if len(planned) == 1:
@@ -82,7 +88,7 @@ def merge(path: str | os.PathLike, to: Path | None, progress: Progress | None = 
     gguf = open_gguf(path)
     if len(gguf.files) == 1:
         raise Gemma4qError("not_split", f"{gguf.path} is a whole model")
-    to = Path(to) if to else gguf.path.with_name(_stem(gguf.path) + ".gguf")
+    to = Path(to) if to else gguf.path.with_name(stem_of(gguf.path) + ".gguf")
     metadata, types, tensors = _unsplit(gguf)
     return _written(gguf, [Planned(to, metadata, types, tensors)], progress)[0]
 
@@ -92,7 +98,7 @@ def _written(gguf: GGUF, planned: list[Planned], progress: Progress | None) -> l
     return [file.path for file in planned]
 
 
-def _stem(path: Path) -> str:
+def stem_of(path: Path) -> str:
     """A model's name without the number of a part."""
     found = _PART_NAME.fullmatch(path.stem)
     return found[1] if found else path.stem
@@ -106,18 +112,8 @@ def _unsplit(gguf: GGUF) -> tuple[dict, dict[str, Types], list[TensorData]]:
 
 
 def _copied(tensor: Tensor, gguf: GGUF) -> TensorData:
-    """A tensor read in pieces, not through the mapping: a file that shrinks is an error then and no crash."""
-
     def chunks() -> Iterator[np.ndarray]:
-        buffer = np.empty(min(PIECE, tensor.nbytes), np.uint8)
-        done = 0
-        while done < tensor.nbytes:
-            view = buffer[: min(len(buffer), tensor.nbytes - done)]
-            got = os.preadv(tensor.fileno, [view], tensor.offset + done)
-            if got == 0:
-                name = gguf.files[tensor.file].path
-                raise Gemma4qError("model_changed", f"{name} became shorter while it was read")
-            yield view[:got]
-            done += got
+        for start in range(0, tensor.nbytes, PIECE):
+            yield gguf.files[tensor.file].read(tensor.offset + start, min(PIECE, tensor.nbytes - start))
 
     return TensorData(tensor.name, tensor.type, tensor.shape, chunks)

@@ -48,6 +48,19 @@ class Source:
         """Where the mapping begins in memory; it is `len(self.bytes)` long."""
         return self.bytes.ctypes.data
 
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """uint8 [count] from byte `offset` on, read and not mapped: raises model_changed where the file became shorter.
+
+        What was read leaves no page in this process, and a file that shrinks is an error and no crash.
+        """
+        out, done = np.empty(count, np.uint8), 0
+        while done < count:
+            got = os.preadv(self.fileno, [out[done:]], offset + done)
+            if got == 0:
+                raise Gemma4qError("model_changed", f"{self.path} became shorter while it was read")
+            done += got
+        return out
+
     def identity(self) -> tuple[int, int, int, int]:
         """(device, inode, size, mtime in ns) of the open file as it is now; `opened_as` is what it was."""
         return _identity(os.fstat(self.fileno))

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..abi import BLOCKS, TensorType, dtype
 from ..errors import Gemma4qError
+from ..gguf.finite import broken, fields
 from ..gguf.reader import GGUF, Tensor, open_gguf
 from ..gguf.strings import StringArray
 from ..gguf.types import type_name
@@ -22,7 +23,6 @@ from .vocabulary import PREFIX, duplicate_tokens, vocabulary_faults
 
 CHUNK = 4 << 20  # bytes read at once
 MOST_OF_A_SORT = 20  # findings shown of one source
-LARGEST_E8M0 = 252  # 2^(e - 128) times the largest FP4, 12, overflows an f32 beyond it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _numbers(gguf: GGUF, progress: Callable[[int, int], None]) -> Iterator[Findi
                 yield Finding("error", "model_changed", f"{tensor.name}: the file became shorter while it was read")
                 return
             if tensor.readable:
-                bad += _not_finite(chunk, tensor.type)
+                bad += sum(int(of_scale.sum()) for of_scale in broken(chunk, tensor.type))
                 zero = zero and _all_zero(chunk, tensor.type)
             done += len(chunk)
             progress(done, total)
@@ -109,30 +109,8 @@ def _chunks(gguf: GGUF, tensor: Tensor) -> Iterator[np.ndarray | None]:
         yield chunk if os.preadv(file, [chunk], tensor.offset + start) == len(chunk) else None
 
 
-def _fields(chunk: np.ndarray, tensor_type: TensorType) -> Iterator[tuple[np.ndarray, int]]:
-    """Values, or the half floats that blocks are multiplied by, as unsigned integers; and their exponent's bits."""
-    match tensor_type:
-        case TensorType.F32:
-            yield chunk.view("<u4"), 0x7F800000
-        case TensorType.F16:
-            yield chunk.view("<u2"), 0x7C00
-        case TensorType.BF16:
-            yield chunk.view("<u2"), 0x7F80
-        case _:
-            blocks = chunk.view(dtype(f"block_{tensor_type.name.lower()}"))
-            for name in blocks.dtype.names:
-                if blocks.dtype[name] == np.float16:
-                    yield blocks[name].view("<u2"), 0x7C00
-
-
-def _not_finite(chunk: np.ndarray, tensor_type: TensorType) -> int:
-    if tensor_type == TensorType.MXFP4:
-        return int((chunk.view(dtype("block_mxfp4"))["e"] > LARGEST_E8M0).sum())
-    return sum(int((field & exponent == exponent).sum()) for field, exponent in _fields(chunk, tensor_type))
-
-
 def _all_zero(chunk: np.ndarray, tensor_type: TensorType) -> bool:
     if tensor_type == TensorType.MXFP4:
         return not (chunk.view(dtype("block_mxfp4"))["qs"] & 0x77).any()
     sign = {4: 0x7FFFFFFF, 2: 0x7FFF}
-    return not any((field & sign[field.itemsize]).any() for field, _ in _fields(chunk, tensor_type))
+    return not any((field & sign[field.itemsize]).any() for field, _ in fields(chunk, tensor_type))

@@ -51,6 +51,14 @@ class Encoder:
         self._run(x, type, importance, errors)
         return errors
 
+    def decode(self, data: np.ndarray, type: int) -> np.ndarray:
+        """uint8 [bytes] of whole blocks -> float32 [values], on the calling thread alone. Raises `bad_quant_type`."""
+        values, size = BLOCKS[type]
+        out = np.empty(len(data) // size * values, "f4")
+        if lib.dequantize_row(self._isa, type, address(data), ffi.cast("float *", address(out)), len(out)):
+            raise Gemma4qError("bad_quant_type", f"there is no decoder for {TensorType(type).name}")
+        return out
+
     def _run(self, x, type, importance, errors) -> np.ndarray:
         x = np.ascontiguousarray(x, "f4")
         kind = _check(x, type)

@@ -7,14 +7,18 @@ expression may hold upper case and `=`.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..abi import BLOCKS, TensorType
 from ..errors import Gemma4qError
 from ..gguf.types import INTEGERS, SCALARS, TENSOR_TYPES, ValueType, readable_types
+
+if TYPE_CHECKING:
+    from .importance import Importance
 
 Pattern = tuple[re.Pattern[str], TensorType]
 OF_THE_FILE = ("general.alignment", "split.no", "split.count", "split.tensors.count")  # say nothing about the model
@@ -107,6 +111,30 @@ def changed(
             raise Gemma4qError("bad_option", f"{key}: {value} is no number that F32 holds")
         values[key], kinds[key] = value, (kind,)
     return values, kinds
+
+
+def selected(importance: "Importance", include: Iterable[str], exclude: Iterable[str]) -> "Importance":
+    """The importance of tensors whose names hold one of `include`, if there are any, and none of `exclude`.
+
+    Raises bad_option where nothing is left.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    kept = {
+        name: entry
+        for name, entry in importance.entries.items()
+        if (not include or any(part in name for part in include)) and not any(part in name for part in exclude)
+    }
+    if not kept:
+        raise Gemma4qError("bad_option", "--include-weights and --exclude-weights leave nothing of the importance")
+    return replace(importance, entries=kept)
+
+
+def importance_keys(importance: "Importance", path: str) -> list[Setting]:
+    """What a file says about the importance that it was made with, as llama-quantize says it."""
+    keys: list[Setting] = [("quantize.imatrix.file", path)]
+    keys += [("quantize.imatrix.dataset", name) for name in importance.datasets[:1]]
+    keys.append(("quantize.imatrix.entries_count", len(importance.entries)))
+    return keys + [("quantize.imatrix.chunks_count", importance.chunks)] * (importance.chunks > 0)
 
 
 def _check_integer(key: str, value: int, kind: ValueType) -> None:

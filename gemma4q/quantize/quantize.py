@@ -1,0 +1,184 @@
+"""A model file in other types: everything is decided and looked at before a byte is written.
+
+`planned` follows a mixture and what a person asks for beyond it; `rewritten` takes the type of each tensor as given,
+wherever that comes from, and is what all else stands on.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from ..abi import BLOCKS
+from ..convert.output import Planned, Progress, write_files
+from ..convert.split import SPLIT_TYPES, parts_of, stem_of
+from ..errors import Gemma4qError
+from ..gguf.reader import GGUF, Tensor, open_gguf
+from ..gguf.types import TENSOR_TYPES, type_name
+from ..gguf.writer import TensorData
+from ..model.config import read_config
+from .mixtures import ALIASES, MIXTURES, Mixture, Traits, fitting, wishes
+from .overrides import Overrides, Setting, changed
+from .stream import Importance, Stream
+
+QUANTIZATION_VERSION = 2
+OF_IMPORTANCE = "quantize.imatrix."  # keys that say which importance a file was made with
+
+
+@dataclass(frozen=True)
+class Change:
+    """One tensor: as it is, its type to be, and the type that was wished for, which its rows may not be blocks of."""
+
+    tensor: Tensor
+    type: int
+    wish: int
+
+    @property
+    def data(self) -> TensorData:
+        """The tensor to be, without its bytes."""
+        return TensorData(self.tensor.name, self.type, self.tensor.shape, tuple)
+
+    @property
+    def is_rounded(self) -> bool:
+        return self.type != self.tensor.type
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What would be written: `changes` has every tensor, in the order of the file."""
+
+    gguf: GGUF
+    files: list[Planned]
+    changes: list[Change]
+    importance: Importance | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(c.data.nbytes for c in self.changes) / sum(prod(c.tensor.shape) for c in self.changes)
+
+    @property
+    def fallbacks(self) -> list[Change]:
+        """Tensors whose rows are no whole blocks of the type that was wished for."""
+        return [change for change in self.changes if change.type != change.wish]
+
+    @property
+    def unweighed(self) -> list[str]:
+        """Matrices that are rounded to blocks without importance, though there is some for others."""
+        if self.importance is None:
+            return []
+        rounded = [c.tensor for c in self.changes if c.is_rounded and BLOCKS[c.type][0] > 1]
+        return [t.name for t in rounded if self.importance.of(t.name, t.shape[-1]) is None]
+
+    def write(self, progress: Progress | None = None, threads: int | None = None) -> None:
+        """Writes all files or none, on all CPUs we may run on or so many threads.
+
+        Raises the kinds of `write_files`; no_native; numeric for a value that is not finite or too large for its type;
+        model_changed.
+        """
+        types = {change.tensor.name: change.type for change in self.changes}
+        tensors = [self.gguf.tensors[data.name] for file in self.files for data in file.tensors]
+        with closing(Stream(self.gguf, tensors, types, self.importance, threads)) as stream:
+            data = {tensor.name: tensor for tensor in stream.data()}
+            files = [replace(file, tensors=[data[tensor.name] for tensor in file.tensors]) for file in self.files]
+            write_files(files, [source.fileno for source in self.gguf.files], progress)
+
+
+def planned(
+    path: str | os.PathLike,
+    to: str | os.PathLike | None,
+    mixture: Mixture,
+    overrides: Overrides = Overrides(),
+    settings: Iterable[Setting] = (),
+    importance: Importance | None = None,
+    importance_keys: Iterable[Setting] = (),
+    keep_split: bool = False,
+    allow_requantize: bool = False,
+) -> Quantization:
+    """A model file in the types of a mixture. `to`: a file, a directory, or None for a name beside the model.
+
+    Raises the reader's kinds, those of `read_config`, bad_option for a setting, and those of `rewritten`.
+    """
+    gguf, settings = open_gguf(path), list(settings)
+    to = _target(gguf.path, to, mixture)
+    if mixture.base is None:
+        return rewritten(gguf, to, {name: t.type for name, t in gguf.tensors.items()}, settings, keep_split=keep_split)
+    if gguf.metadata.get("general.architecture") == "clip":
+        remedy = "`gemma4q convert --mmproj --outtype` chooses their type, COPY copies them"
+        raise Gemma4qError("bad_arch", f"{gguf.path} holds encoders, which have no mixtures: {remedy}")
+    metadata, kinds = changed(gguf.metadata, gguf.types, settings)
+    traits = Traits.of(read_config(replace(gguf, metadata=metadata, types=kinds)))
+    wished = wishes(gguf.tensors, traits, mixture, overrides, importance is not None)
+    named = [("general.quantization_version", QUANTIZATION_VERSION), ("general.file_type", mixture.file_type)]
+    dropped = {key for key in gguf.metadata if key.startswith(OF_IMPORTANCE)}
+    gguf = replace(gguf, metadata={key: value for key, value in gguf.metadata.items() if key not in dropped})
+    return rewritten(gguf, to, wished, [*named, *importance_keys, *settings], importance, keep_split, allow_requantize)
+
+
+def rewritten(
+    gguf: GGUF,
+    to: Path,
+    types: Mapping[str, int],
+    settings: Iterable[Setting] = (),
+    importance: Importance | None = None,
+    keep_split: bool = False,
+    allow_requantize: bool = False,
+) -> Quantization:
+    """An open model with a type for every tensor, or the next one that fits its rows, and some keys set.
+
+    `keep_split`: in the parts that the model is in, else in one file. Raises requantize where blocks would be rounded
+    again, bad_quant_type where they are not read, shape_mismatch where importance is another model's, missing_tensor.
+    """
+    if not gguf.tensors:
+        raise Gemma4qError("missing_tensor", f"{gguf.path} holds no tensors")
+    changes = [Change(t, fitting(types[t.name], t.shape[-1]), types[t.name]) for t in gguf.tensors.values()]
+    _check_sources([change.tensor for change in changes if change.is_rounded], allow_requantize)
+    if importance is not None:
+        for tensor in (change.tensor for change in changes if change.is_rounded):
+            _check_importance(tensor, importance.of(tensor.name, tensor.shape[-1]))
+    metadata = {key: value for key, value in gguf.metadata.items() if key not in SPLIT_TYPES}
+    metadata, kinds = changed(metadata, {key: gguf.types[key] for key in metadata}, settings)
+    parts = range(len(gguf.files)) if keep_split else range(1)
+    groups = [[c.data for c in changes if not keep_split or c.tensor.file == part] for part in parts]
+    return Quantization(gguf, parts_of(to, metadata, kinds, groups), changes, importance)
+
+
+def _check_sources(tensors: list[Tensor], allow_requantize: bool) -> None:
+    for tensor in tensors:
+        if not tensor.readable:
+            fault = f"{tensor.name} is {type_name(tensor.type)}, which gemma4q does not read: start from another file"
+            raise Gemma4qError("bad_quant_type", fault)
+    again = [tensor for tensor in tensors if TENSOR_TYPES[tensor.type][1] > 1]
+    if again and not allow_requantize:
+        more = f" and {len(again) - 1} more are" if len(again) > 1 else " is"
+        remedy = "start from the file in BF16, F16 or F32, or take the loss with --allow-requantize"
+        fault = f"{again[0].name}{more} quantised already ({type_name(again[0].type)}), and would be rounded twice"
+        raise Gemma4qError("requantize", f"{fault}: {remedy}")
+
+
+def _check_importance(tensor: Tensor, weights: np.ndarray | None) -> None:
+    wanted = (prod(tensor.shape[:-2]), tensor.shape[-1])
+    if weights is None:
+        return
+    if weights.shape != wanted:
+        found, want = (" x ".join(map(str, shape)) for shape in (weights.shape, wanted))
+        fault = f"{tensor.name} has importance of {found} columns; want {want}: it is another model's"
+        raise Gemma4qError("shape_mismatch", fault)
+
+
+def _target(path: Path, to: str | os.PathLike | None, mixture: Mixture) -> Path:
+    """The file to write: as given, or in a directory the model's name with another type."""
+    to = path.parent if to is None else Path(to)
+    if not to.is_dir():
+        return to
+    stem = stem_of(path)
+    base, dash, type = stem.rpartition("-")
+    known = type.upper() in {*MIXTURES, *ALIASES}
+    return to / f"{base if dash and known else stem}-{mixture.name}.gguf"
