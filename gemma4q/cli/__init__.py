@@ -25,6 +25,7 @@ COMMANDS = {  # name: (module, what it does)
     "convert": ("convert", "Write a Hugging Face model directory as a GGUF file."),
     "split": ("split", "Cut a model file into parts."),
     "merge": ("split", "Join the parts of a model file."),
+    "imatrix": ("imatrix", "Measure how much each column of a model's matrices matters."),
     "doctor": ("doctor", "Print what this machine can do, and why."),
     "bench": ("bench", "Measure speed, and tell whether a change made it slower."),
 }

@@ -1,0 +1,1 @@
+"""Quantising: which type each tensor gets, and files in these types."""
