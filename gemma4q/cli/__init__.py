@@ -26,6 +26,7 @@ COMMANDS = {  # name: (module, what it does)
     "split": ("split", "Cut a model file into parts."),
     "merge": ("split", "Join the parts of a model file."),
     "quantize": ("quantize", "Write a model file in smaller tensor types."),
+    "imatrix": ("imatrix", "Measure how much each column of a model's matrices matters."),
     "doctor": ("doctor", "Print what this machine can do, and why."),
     "bench": ("bench", "Measure speed, and tell whether a change made it slower."),
 }

@@ -83,6 +83,17 @@ def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Pro
                 out.close()
 
 
+def check_target(path: Path, inputs: Iterable[int] = ()) -> None:
+    """Fails now where `write_files` would fail after long work: for the name, the folder, or another process."""
+    _check_target(path, inputs)
+    try:
+        part, file = _open_part(path)
+        file.close()
+        part.unlink()
+    except OSError as error:
+        raise _explained(error, path) from None
+
+
 def _told(tensor: TensorData, progress: Progress | None, before: int, total: int) -> TensorData:
     """A tensor whose chunks are counted as they are written."""
     if progress is None:
