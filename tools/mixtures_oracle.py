@@ -9,7 +9,6 @@ change from layer to layer, as `Q6_K 4, Q4_K 2`; one with importance stands ther
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import shapes
 from shapes import Kind, Shape
 
@@ -79,12 +79,17 @@ def source(model: str) -> dict[str, Kind]:
 
 
 def write_sparse(path: Path, shape: Shape, tensors: Mapping[str, Kind]) -> None:
-    """A GGUF file whose data are a hole."""
-    keys = shapes.metadata(shape)
+    """A GGUF file whose data are a hole but for the rope factors, since gemma4q looks at them."""
     data = [TensorData(name, kind.type, kind.shape, tuple) for name, kind in tensors.items()]
-    size = sum(-(-tensor.nbytes // shapes.ALIGNMENT) * shapes.ALIGNMENT for tensor in data)
-    path.write_bytes(head := header(keys, data, {}, shapes.ALIGNMENT))
-    os.truncate(path, len(head) + size)
+    path.write_bytes(head := header(shapes.metadata(shape), data, {}, shapes.ALIGNMENT))
+    end = len(head)
+    with path.open("r+b") as file:
+        for tensor in data:
+            if tensor.name == "rope_freqs.weight":
+                file.seek(end)
+                file.write(np.ones(tensor.shape, "<f4").data)
+            end += -(-tensor.nbytes // shapes.ALIGNMENT) * shapes.ALIGNMENT
+        file.truncate(end)
 
 
 def in_short(tensors: Mapping[str, Kind], types: Mapping[str, str | int]) -> dict[str, str]:

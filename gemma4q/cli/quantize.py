@@ -194,6 +194,6 @@ def _notes(plan, overrides, dry_run: bool) -> None:
     for pattern in overrides.idle(name for name, shape in shapes.items() if is_rounded(name, shape)):
         warn(f"--tensor-type {pattern}: no tensor that is quantised has such a name")
     if overrides.leave_output and HEAD not in shapes:
-        warn(f"--leave-output-tensor: there is no {HEAD}; the head is token_embd.weight (--token-embedding-type)")
+        warn(f"--leave-output-tensor: there is no {HEAD}; the head is token_embd.weight")
     if dry_run:
         note("nothing was written (--dry-run)")
