@@ -36,8 +36,10 @@ MAY_IMPORT = {
     "backends": {"plan", "abi", "gguf.quants"},
     "engine": BELOW_ENGINE,
     "convert": {"text.tokenizer", "model", "gguf", "abi"},
+    "quantize": {"model", "convert.output", "gguf", "abi"},
     "measure": BELOW_ENGINE | {"engine"},
-    "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "measure"},
+    "measure.calibration": BELOW_ENGINE | {"engine", "quantize.importance"},
+    "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "quantize", "measure"},
     "__init__": {"engine"},
     "__main__": {"cli"},
 }
