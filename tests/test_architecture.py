@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "convert": {"text.tokenizer", "model", "gguf", "abi"},
     "quantize": {"model", "gguf", "abi", "convert.output", "convert.split"},
     "measure": BELOW_ENGINE | {"engine"},
+    "measure.calibration": BELOW_ENGINE | {"engine", "quantize.importance"},
     "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "quantize", "measure"},
     "__init__": {"engine"},
     "__main__": {"cli"},

@@ -103,14 +103,15 @@ def _loaded(model: str, backend: str, isa: str | None, threads: int | None, chun
         return Calibration(model, backend, isa, threads, chunk)
 
 
-def _texts(calibration, files, raw: bool, parse_special: bool) -> list[list[int]]:
-    from ..measure.texts import read_conversations, read_text
+def _texts(calibration, files, raw: bool, parse_special: bool) -> list:
+    """Token ids of every text."""
+    from ..measure.texts import conversations, passages, read_text
 
     tokenizer = calibration.tokenizer
     if raw:
-        return [tokenizer.encode(read_text(file), bos=True, special=parse_special) for file in files]
-    talks = [talk for file in files or (CALIBRATION,) for talk in read_conversations(file)]
-    return [talk.ids(tokenizer, calibration.flavour) for talk in talks]
+        return [tokenizer.encode(read_text(Path(file)), bos=True, special=parse_special) for file in files]
+    talks = [talk for file in files or (CALIBRATION,) for talk in conversations(Path(file))]
+    return [passage.ids for passage in passages(talks, tokenizer, calibration.flavour, everything=True)]
 
 
 def _read_on(calibration, chunks: list, most: int, before, out: Path, resume: bool, every: int | None):

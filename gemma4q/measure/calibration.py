@@ -8,7 +8,7 @@ squared: once for all matrices they meet, per expert where a router chose. Every
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from ..plan.batch import Batch, Limits
 from ..plan.fuse import MATRICES
 from ..plan.plan import Buffer, Plan
 from ..quantize.importance import Entry, Importance, merge, read
-from .texts import cut, packed
 
 ROWS = 512  # of a step
 TOGETHER = 8  # texts of a step
@@ -35,6 +34,8 @@ MOST_PIECES = 64  # texts of a chunk
 CHUNK, LEAST_CHUNK = 2048, 16  # tokens
 SAVE_SECONDS = 60
 SQUARED = 32  # rows whose squares are summed in float32; these sums are added in float64
+
+Chunk = list[np.ndarray]  # texts that are read one beside the other, int32 [tokens] each
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Watched:
 class Reading(Scoring):
     """Has every row of a text computed to the end, and wants nothing of it."""
 
-    def __init__(self, ids: Sequence[int]):
+    def __init__(self, ids: np.ndarray):
         super().__init__(Prompt(ids), np.arange(len(ids)), np.zeros((0, 0), np.float32))
 
     def take(self, result: StepResult, row: int, position: int) -> None:
@@ -197,26 +198,32 @@ class Calibration(Prepared):
         """Descriptors of the files that are read and must not be written to."""
         return [file.fileno for file in self.gguf.files]
 
-    def chunks(self, texts: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    def chunks(self, texts: Iterable[Sequence[int] | np.ndarray]) -> list[Chunk]:
         """Texts as they are read: whole ones side by side, what is longer than `chunk` in pieces."""
-        return packed(cut(texts, self.chunk, self.tokenizer.bos), self.chunk, MOST_PIECES)
+        pieces = cut(filter(len, texts), self.chunk, self.tokenizer.bos)
+        return packed(pieces, self.chunk, MOST_PIECES)
 
-    def origin(self, chunks: Sequence[Sequence[Sequence[int]]], before: Importance) -> str:
+    def origin(self, chunks: Sequence[Chunk], before: Importance) -> str:
         """What a run is known by: the model, what it reads in which pieces, and what it adds that to."""
         digest = hashlib.sha256(f"{self.chunk}".encode())
         for tensor in self.gguf.tensors.values():
             digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + tensor.data[:64].tobytes())
         for piece in (piece for chunk in chunks for piece in chunk):
-            digest.update(np.array([-1, *piece], "<i4").tobytes())
+            digest.update(np.array([-1, *piece], "<i4").tobytes())  # no token is -1: it parts them
         for name, entry in sorted(before.entries.items()):
             digest.update(name.encode() + entry.sums.astype("<f4").tobytes() + entry.counts.tobytes())
         return digest.hexdigest()
 
-    def run(self, chunks: Sequence[Sequence[Sequence[int]]], begun: Importance) -> Iterator[Importance]:
+    def run(
+        self, chunks: Sequence[Chunk], begun: Importance,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> Iterator[Importance]:  # fmt: skip
         """Reads chunk after chunk; yields what was begun and all chunks since, which a broken chunk leaves as it was.
 
-        Raises `shape_mismatch` when it was begun with another model; `bad_numeric`, `model_changed`.
+        `progress` is told of the rows of each step. Raises `shape_mismatch` when it was begun with another model;
+        `bad_numeric`, `model_changed`.
         """
+        self.watched.tell = progress
         begun = replace(begun, entries=merge([Importance(self.nothing()), begun]).entries)
         for chunk in chunks:
             self.watched.entries = {n: Entry(e.sums.copy(), e.counts.copy()) for n, e in begun.entries.items()}
@@ -229,16 +236,16 @@ class Calibration(Prepared):
             yield begun
 
     def collect(
-        self, chunks: Sequence[Sequence[Sequence[int]]], begun: Importance, save: Callable[[Importance], None],
+        self, chunks: Sequence[Chunk], begun: Importance, save: Callable[[Importance], None],
         every: int | None = None, progress: Callable[[int], None] = lambda rows: None,
     ) -> Importance:  # fmt: skip
         """Reads all chunks and saves what they give: after `every` chunks (None: each minute), at the end, and when
-        something stops it, an interrupt for one. `progress` is told of the rows of each step.
+        something stops it, an interrupt for one. Raises as `run` and `save` do.
         """
         found = saved = begun
-        self.watched.tell, last = progress, time.monotonic()
+        last = time.monotonic()
         try:
-            for number, found in enumerate(self.run(chunks, begun), start=1):
+            for number, found in enumerate(self.run(chunks, begun, progress), start=1):
                 if number % every == 0 if every else time.monotonic() - last > SAVE_SECONDS:
                     save(found)
                     saved, last = found, time.monotonic()
@@ -255,6 +262,27 @@ class Calibration(Prepared):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def cut(texts: Iterable[Sequence[int] | np.ndarray], size: int, bos: int) -> Iterator[np.ndarray]:
+    """Texts of at most `size` tokens: what is longer goes on in further texts, each of which begins with `bos`."""
+    for text in (np.asarray(text, np.int32) for text in texts):
+        yield text[:size]
+        for at in range(size, len(text), size - 1):
+            yield np.concatenate([np.array([bos], np.int32), text[at : at + size - 1]])
+
+
+def packed(pieces: Iterable[np.ndarray], size: int, most: int) -> list[Chunk]:
+    """Chunks of whole pieces, in order: at most `size` tokens and `most` pieces in each."""
+    chunks: list[Chunk] = []
+    room = 0
+    for piece in pieces:
+        if not chunks or len(piece) > room or len(chunks[-1]) == most:
+            chunks.append([])
+            room = size
+        chunks[-1].append(piece)
+        room -= len(piece)
+    return chunks
 
 
 def limits_for(chunk: int, window: int) -> Limits:

@@ -129,6 +129,7 @@ def write(path: str | os.PathLike, importance: Importance) -> None:
         metadata[ORIGIN] = importance.origin
     tensors = []
     for name, entry in sorted(importance.entries.items()):
+        _check_values(name, "sum", entry.sums, LARGEST)
         counts = entry.counts[:, None].astype(np.float32)
         tensors.append(TensorData.of(name + SUMS, TensorType.F32, entry.sums.shape, entry.sums.astype(np.float32)))
         tensors.append(TensorData.of(name + COUNTS, TensorType.F32, counts.shape, counts))
@@ -141,6 +142,12 @@ def check_target(path: Path, inputs: Iterable[int] = ()) -> None:
     Raises not_imatrix where the name is that of another sort of GGUF file, as a model's, and as `convert.output`.
     """
     output.check_target(path, inputs)
+    try:
+        part, file = output.open_part(path)
+        file.close()
+        part.unlink()
+    except OSError as error:
+        raise output.explained(error, path) from None
     if path.exists() and path.stat().st_size and open_gguf(path).metadata.get("general.type") != "imatrix":
         raise Gemma4qError("not_imatrix", f"{path} exists and is no importance matrix: choose another name")
 
@@ -221,14 +228,18 @@ def _floats(tensor: Tensor) -> np.ndarray:
 
 def _entry(name: str, sums: np.ndarray, counts: np.ndarray) -> Entry:
     """Values of a file as an entry, once nothing is wrong with them; counts that are no whole numbers are rounded."""
-    for what, values, most in (("sum", sums.ravel(), LARGEST), ("count", counts.ravel(), MOST_COUNTED)):
-        bad = np.flatnonzero(~((values >= 0) & (values <= most)))
-        if len(bad):
-            raise Gemma4qError("numeric", f"{name}: {what} {bad[0]} is {values[bad[0]]:g}")
+    _check_values(name, "sum", sums, LARGEST)
+    _check_values(name, "count", counts, MOST_COUNTED)
     n = counts.size
     if sums.size % n or (n > 1 and n != sums.size // sums.shape[-1]):
         raise Gemma4qError("shape_mismatch", f"{name}: {n} counts for sums of shape {list(sums.shape)}")
     return Entry(sums.reshape(n, -1).astype(np.float64), np.rint(counts.ravel()).astype(np.int64))
+
+
+def _check_values(name: str, what: str, values: np.ndarray, most: float) -> None:
+    bad = np.flatnonzero(~((values >= 0) & (values <= most)))
+    if len(bad):
+        raise Gemma4qError("numeric", f"{name}: {what} {bad[0]} is {values.ravel()[bad[0]]:g}")
 
 
 class _Dat:
