@@ -21,7 +21,7 @@ from ..gguf.reader import GGUF, Tensor, open_gguf
 from ..gguf.types import TENSOR_TYPES, type_name
 from ..gguf.writer import TensorData
 from ..model.config import read_config
-from .mixtures import ALIASES, MIXTURES, Mixture, Traits, fitting, wishes
+from .mixtures import ALIASES, MIXTURES, TABLES, Mixture, Traits, fitting, wishes
 from .overrides import Overrides, Setting, changed
 from .stream import Importance, Stream
 
@@ -71,11 +71,14 @@ class Quantization:
 
     @property
     def unweighed(self) -> list[str]:
-        """Matrices that are rounded to blocks without importance, though there is some for others."""
+        """Matrices that are rounded to blocks without importance, though there is some for others.
+
+        A table alone, of which rows are looked up and no columns multiplied, has none.
+        """
         if self.importance is None:
             return []
         rounded = [c.tensor for c in self.changes if c.is_rounded and BLOCKS[c.type][0] > 1]
-        return [t.name for t in rounded if self.importance.of(t.name, t.shape[-1]) is None]
+        return [t.name for t in rounded if t.name != TABLES[1] and self.importance.of(t.name, t.shape[-1]) is None]
 
     def write(self, progress: Progress | None = None, threads: int | None = None) -> None:
         """Writes all files or none, on all CPUs we may run on or so many threads.
