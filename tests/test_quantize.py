@@ -12,8 +12,9 @@ from tiny import tiny
 
 from gemma4q import Gemma4qError
 from gemma4q.abi import TensorType as T
+from gemma4q.convert.convert import planned as converted
 from gemma4q.convert.split import split
-from gemma4q.gguf.quants import dequantize
+from gemma4q.gguf.quants import dequantize, quantize
 from gemma4q.gguf.reader import open_gguf
 from gemma4q.gguf.writer import write_gguf
 from gemma4q.model import open_model
@@ -21,10 +22,13 @@ from gemma4q.quantize.encode import Encoder
 from gemma4q.quantize.importance import Entry, Importance
 from gemma4q.quantize.mixtures import MIXTURES, mixture
 from gemma4q.quantize.overrides import importance_keys, selected
-from gemma4q.quantize.quantize import planned
+from gemma4q.quantize.quantize import planned, rewritten
 from gemma4q.shipped import shipped
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import tiny_hf
 
 GOLDEN = Path(__file__).parent / "data/golden"
 SPREAD = {"Q2_K": 0.12, "Q3_K": 0.035, "MXFP4": 0.02, "IQ4_XS": 0.015, "IQ4_NL": 0.015}  # of squares that are lost
@@ -100,6 +104,22 @@ def test_copy_changes_no_tensor_and_no_key_but_those_that_are_set(tmp_path):
         before = open_gguf(source)
         assert contents(after) == contents(before)
         assert str(after.metadata) == str(before.metadata | {"general.name": "Mine"})
+
+
+def test_copy_takes_encoders_whose_ranges_are_infinite(tmp_path):
+    with converted(tiny_hf.make("e2b", tmp_path / "hf"), tmp_path / "m.gguf", "auto", mmproj=True) as conversion:
+        conversion.write()
+    source = open_gguf(tmp_path / "m.gguf")
+    assert any(np.isinf(t.data.view("<f4")).any() for t in source.tensors.values() if t.type == T.F32)
+    assert contents(written(tmp_path / "m.gguf", tmp_path / "c.gguf", "COPY")) == contents(source)
+
+
+def test_any_type_may_be_given_to_any_tensor_vectors_too(halves, tmp_path):
+    source = open_gguf(halves / "tiny-F16.gguf")
+    types = {name: tensor.type for name, tensor in source.tensors.items()} | {"output_norm.weight": T.BF16}
+    rewritten(source, tmp_path / "q.gguf", types).write()
+    after = open_gguf(tmp_path / "q.gguf").tensors["output_norm.weight"]
+    assert (after.data == quantize(dequantize(source.tensors[after.name].data, T.F32), T.BF16)).all()
 
 
 def test_an_alignment_of_its_own_survives(tmp_path):

@@ -96,8 +96,8 @@ def quantize(
             plan.write(advance, choose_threads(threads).count)
     if as_json:
         click.echo(json.dumps(_described(plan, chosen.name, dry_run)))
-        return
-    click.echo((_table(plan) + "\n\n" if dry_run else "") + _summary(plan))
+    else:
+        click.echo((_table(plan) + "\n\n" if dry_run else "") + _summary(plan))
     _notes(plan, overrides, dry_run)
 
 
