@@ -54,14 +54,14 @@ def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Pro
     not_writable, no_space, busy, io; and what making the tensors raises.
     """
     for file in planned:
-        _check_target(file.path, inputs)
+        check_target(file.path, inputs)
     total = sum(file.nbytes for file in planned)
     parts: list[tuple[Path, BinaryIO]] = []
     try:
         _sweep(planned)
         for file in planned:
-            parts.append(_open_part(file.path))
-        _check_room(planned[0].path.parent, total)
+            parts.append(open_part(file.path))
+        check_room(planned[0].path.parent, total)
         done = 0
         for file, (_, out) in zip(planned, parts, strict=True):
             out.write(file.header)
@@ -70,12 +70,12 @@ def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Pro
                 done += tensor.nbytes
             out.flush()
             os.fsync(out.fileno())
-        _appear([file.path for file in planned], [path for path, _ in parts])
+        appear([file.path for file in planned], [path for path, _ in parts])
     except BaseException as error:
         for path, _ in parts:
             path.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _explained(error, planned[0].path) from None
+            raise explained(error, planned[0].path) from None
         raise
     finally:
         for _, out in parts:
@@ -98,7 +98,11 @@ def _told(tensor: TensorData, progress: Progress | None, before: int, total: int
     return replace(tensor, chunks=chunks)
 
 
-def _check_target(path: Path, inputs: Iterable[int]) -> None:
+def check_target(path: Path, inputs: Iterable[int], magic: bytes = MAGIC, sort: str = "GGUF") -> None:
+    """That a file may be written there: a new one, or in place of one of its `sort` that is not being read.
+
+    Raises not_a_file, not_found, same_file, and not_gguf (or another `sort`) for a file of another sort.
+    """
     if path.is_dir():
         raise Gemma4qError("not_a_file", f"{path} is a directory")
     if not path.parent.is_dir():
@@ -110,11 +114,12 @@ def _check_target(path: Path, inputs: Iterable[int]) -> None:
         if any((s.st_dev, s.st_ino) == (found.st_dev, found.st_ino) for s in map(os.fstat, inputs)):
             raise Gemma4qError("same_file", f"{path} is what is read: choose another name")
         with open(path, "rb") as file:
-            if file.read(len(MAGIC)) not in (MAGIC, b""):
-                raise Gemma4qError("not_gguf", f"{path} exists and is no GGUF file: choose another name")
+            if file.read(len(magic)) not in (magic, b""):
+                kind = f"not_{sort.lower()}"
+                raise Gemma4qError(kind, f"{path} exists and is no {sort} file: choose another name")
 
 
-def _open_part(path: Path) -> tuple[Path, BinaryIO]:
+def open_part(path: Path) -> tuple[Path, BinaryIO]:
     """The file beside `path`, empty and ours alone."""
     part = path.with_name(path.name + SUFFIX)
     fileno = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -148,13 +153,14 @@ def _sweep(planned: Sequence[Planned]) -> None:
                     stale.unlink(missing_ok=True)
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Raises no_space."""
     status = os.statvfs(folder)
     if (free := status.f_bavail * status.f_frsize) < needed:
         raise Gemma4qError("no_space", f"{folder} has {free:,} bytes free; {needed:,} are needed")
 
 
-def _appear(paths: Sequence[Path], parts: Sequence[Path]) -> None:
+def appear(paths: Sequence[Path], parts: Sequence[Path]) -> None:
     """Renames all parts. The first is last to come and first to go: without it the others are no model."""
     if len(paths) > 1:
         paths[0].unlink(missing_ok=True)
@@ -175,7 +181,8 @@ def _appear(paths: Sequence[Path], parts: Sequence[Path]) -> None:
             os.close(folder)
 
 
-def _explained(error: OSError, path: Path) -> Gemma4qError:
+def explained(error: OSError, path: Path) -> Gemma4qError:
+    """What kept `path` from being written: no_space, not_writable or io."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Gemma4qError("no_space", f"{path}: {error.strerror}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG):
