@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "engine": BELOW_ENGINE,
     "convert": {"text.tokenizer", "model", "gguf", "abi"},
     "measure": BELOW_ENGINE | {"engine"},
+    "measure.logits_file": {"convert.output"},
     "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "measure"},
     "__init__": {"engine"},
     "__main__": {"cli"},

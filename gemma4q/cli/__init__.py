@@ -26,8 +26,10 @@ COMMANDS = {  # name: (module, what it does)
     "split": ("split", "Cut a model file into parts."),
     "merge": ("split", "Join the parts of a model file."),
     "doctor": ("doctor", "Print what this machine can do, and why."),
+    "eval": ("eval", "Measure how far a model lies from another, or its perplexity."),
     "bench": ("bench", "Measure speed, and tell whether a change made it slower."),
 }
+ALIASES = {"perplexity": "eval"}  # not listed
 INTERRUPTED = 130
 
 
@@ -38,6 +40,7 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        name = ALIASES.get(name, name)
         if name not in COMMANDS:
             return None
         return getattr(import_module(f".{COMMANDS[name][0]}", __name__), name)

@@ -1,12 +1,13 @@
-"""What comes with the package to try it with: two small models, trained for this project.
+"""What comes with the package: two small models, trained for this project, and conversations to evaluate with.
 
-Owns their names and where they lie; README.md beside them says what they are and what they can do.
+Owns their names and where they lie; README.md beside them says what they are and what the models can do.
 """
 
 from pathlib import Path
 
 NAMES = ("tiny", "tiny-moe")
 DEFAULT = NAMES[0]
+EVALUATION = Path(__file__).parent / "evaluation.jsonl"
 
 
 def shipped(name: str) -> Path | None:
