@@ -13,6 +13,7 @@ from . import options, terminal
 from .numbers import Names
 from .terminal import Waiting, human_bytes, note, progress, warn
 
+SHIPPED = "gemma4q/evaluation.jsonl"
 CHUNK = 512  # tokens, with --raw
 RAW_MEANS_LITTLE = "this is plain text: its perplexity says little of a model that was tuned on conversations"
 EXAMPLES = """
@@ -113,10 +114,8 @@ def _measured(model: str, hashed: bool, **given) -> tuple:
             passages, scored = (base.passages, base.header.scored) if base else _passages(one, **given)
         most = min(one.config.context_length, (not given["raw"] and given["context"]) or one.config.context_length)
         numbers, left_out = texts.selected(passages, given["kinds"] or (), given["texts"], most)
-        sides = [
-            _about(path, prepared, hashed or bool(given["save_logits"]))
-            for path, prepared in zip(paths, opened, strict=True)
-        ]
+        hashed = hashed or bool(given["save_logits"])
+        sides = [_about(path, prepared, hashed) for path, prepared in zip(paths, opened, strict=True)]
         if base:
             sides.append(dict(base.header.model))
         if len(sides) > 1:
@@ -131,7 +130,8 @@ def _measured(model: str, hashed: bool, **given) -> tuple:
             kept = stack.enter_context(logits_file.writing(Path(given["save_logits"]), header))
         told = stack.enter_context(progress("reading"))
         scores = evaluate.run(model, passages, numbers, base or given["against"], kept, told, context=context, **load)
-    return scores, _document(sides, scored, given["files"], left_out) | evaluate.report(scores)
+    source = list(given["files"]) or [given["base_file"] or SHIPPED]
+    return scores, _document(sides, scored, source, left_out) | evaluate.report(scores)
 
 
 def _passages(one, files, raw: bool, all_tokens: bool, context: int | None, **_) -> tuple:
@@ -145,6 +145,8 @@ def _passages(one, files, raw: bool, all_tokens: bool, context: int | None, **_)
             raise Gemma4qError("bad_option", f"context: {size:,} tokens; {limits}")
         return texts.plain([Path(file) for file in files], one.tokenizer, size), texts.RAW
     found = [talk for file in files or (EVALUATION,) for talk in texts.conversations(Path(file))]
+    if "tokenizer.chat_template" not in one.gguf.metadata:
+        warn("this file has no chat template, so it may know no conversations: --raw -f FILE scores plain text")
     try:
         passages = texts.passages(found, one.tokenizer, one.flavour, all_tokens)
     except Gemma4qError as error:
@@ -171,18 +173,18 @@ def _say(scored: str, left_out: int, most: int, memory: str) -> None:
 
     note(f"memory: {memory}")
     if left_out:
-        warn(f"left out: {left_out} of more than {most:,} tokens")
+        warn(f"{left_out} left out, as they have more than {most:,} tokens")
     if scored == RAW:
         warn(RAW_MEANS_LITTLE)
 
 
-def _document(sides: list[dict], scored: str, files: tuple[str, ...], left_out: int) -> dict:
+def _document(sides: list[dict], scored: str, source: list[str], left_out: int) -> dict:
     from ..measure import machine
     from ..measure.divergence import INTERVAL
 
     found = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine.machine()}
     found |= {"build": machine.build(), "model": sides[0], "base": sides[1] if len(sides) > 1 else None}
-    return found | {"scored": scored, "files": files, "left_out": left_out, "interval": INTERVAL}
+    return found | {"scored": scored, "files": source, "left_out": left_out, "interval": INTERVAL}
 
 
 def _title(document: dict) -> str:
@@ -199,7 +201,7 @@ def _tables(document: dict) -> None:
     if compared:
         _table(shown.choice("kind"), kinds)
     _table(shown.brief("position") if compared else shown.alone("position"), depths)
-    click.echo(f"{_title(document)}: {document['scored']}")
+    click.echo(f"{_title(document)}: {document['scored']}, of {', '.join(document['files'])}")
     if compared:
         click.echo(
             "KL divergence from the base to the model, nats a token; Δp: change of the right token's probability"

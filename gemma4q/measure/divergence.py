@@ -22,8 +22,8 @@ STUDENT = {
     20: 2.09, 30: 2.05, 60: 2.01, 120: 1.98, 1000: 1.97,
 }  # fmt: skip
 INTERVAL = (
-    "95 %, with the texts as clusters: Student's t on the ratio of two sums over texts "
-    "(Cochran, Sampling Techniques, chapter 9A), since the tokens of one text depend on each other"
+    "95 %, with the texts as clusters, since the tokens of one text depend on each other: Student's t on the ratio of "
+    "two sums over texts (Cochran, Sampling Techniques, chapter 9A); of what is never negative, on its logarithm"
 )
 
 
@@ -152,8 +152,11 @@ class Mean(NamedTuple):
         return Mean(self.value, *(None if edge is None else min(max(edge, least), most) for edge in self[1:]))
 
 
-def mean(values: np.ndarray, text: np.ndarray) -> Mean:
-    """The mean of `values` [rows], rows of one text being one draw: `INTERVAL` says how. Of no rows it is an error."""
+def mean(values: np.ndarray, text: np.ndarray, positive: bool = False) -> Mean:
+    """The mean of `values` [rows], rows of one text being one draw: `INTERVAL` says how.
+
+    positive: none is negative, and few may be large: the interval is a factor, which then holds the truth more often.
+    """
     _, of = np.unique(text, return_inverse=True)
     value, counts = float(values.mean()), np.bincount(of)
     if len(counts) < 2 or not isfinite(value):
@@ -161,11 +164,14 @@ def mean(values: np.ndarray, text: np.ndarray) -> Mean:
     apart = np.bincount(of, values) - value * counts
     error = sqrt(len(counts) / (len(counts) - 1) * float(apart @ apart)) / len(values)
     half = error * max((n, t) for n, t in STUDENT.items() if n < len(counts))[1]
+    if positive and value > 0:
+        factor = grown(half / value)
+        return Mean(value, value / factor, value * factor)
     return Mean(value, value - half, value + half)
 
 
-def perplexity(surprise: float) -> float:
-    return exp(surprise) if surprise < LARGEST else inf
+def grown(power: float) -> float:
+    return exp(power) if power < LARGEST else inf
 
 
 def summary(scores: Scores) -> dict:
@@ -174,15 +180,16 @@ def summary(scores: Scores) -> dict:
     Divergences are nats; `same_top` and `delta_p` (the right token's probability, model less base) are shares of 1.
     """
     text, found = scores.text, {"texts": len(np.unique(scores.text)), "tokens": len(scores)}
-    found["perplexity"] = mean(scores.surprise, text).within(0).map(perplexity)._asdict()
+    found["perplexity"] = mean(scores.surprise, text).within(0).map(grown)._asdict()
     if scores.divergence is None:
         return found
     middle, p99, p999 = map(float, np.quantile(scores.divergence, (0.5, 0.99, 0.999)))
-    square = mean(scores.gained**2, text).within(0)
+    square = mean(scores.gained**2, text, positive=True)
+    least = float(scores.divergence.min())  # below 0 only where a base was cut off
     return found | {
-        "base_perplexity": mean(scores.base_surprise, text).within(0).map(perplexity)._asdict(),
-        "perplexity_ratio": mean(scores.surprise - scores.base_surprise, text).map(perplexity)._asdict(),
-        "divergence": mean(scores.divergence, text).within(min(0.0, float(scores.divergence.min())))._asdict()
+        "base_perplexity": mean(scores.base_surprise, text).within(0).map(grown)._asdict(),
+        "perplexity_ratio": mean(scores.surprise - scores.base_surprise, text).map(grown)._asdict(),
+        "divergence": mean(scores.divergence, text, positive=least >= 0)._asdict()
         | {"median": middle, "p99": p99, "p999": p999, "most": float(scores.divergence.max())},
         "same_top": mean(scores.same, text).within(0, 1)._asdict(),
         "delta_p": mean(scores.gained, text)._asdict() | {"rms": square.map(sqrt)._asdict()},

@@ -9,11 +9,11 @@ def distance(first: str) -> list[Column]:
     """How far the model lies from the base: of rows {name, texts, tokens, ...}; `first` titles their names."""
     return [
         *counts(first),
-        Column("KL divergence", lambda row: spread(row["divergence"], 5)),
-        Column("median", lambda row: number(row["divergence"]["median"], 5)),
-        Column("99 %", lambda row: number(row["divergence"]["p99"], 4)),
-        Column("99.9 %", lambda row: number(row["divergence"]["p999"], 4)),
-        Column("most", lambda row: number(row["divergence"]["most"], 3)),
+        Column("KL divergence", lambda row: spread(row["divergence"], 6)),
+        Column("median", lambda row: number(row["divergence"]["median"], 6)),
+        Column("99 %", lambda row: number(row["divergence"]["p99"], 5)),
+        Column("99.9 %", lambda row: number(row["divergence"]["p999"], 5)),
+        Column("most", lambda row: number(row["divergence"]["most"], 4)),
     ]
 
 

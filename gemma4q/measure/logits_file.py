@@ -109,8 +109,8 @@ def writing(path: Path, header: Header) -> Iterator[Callable[[np.ndarray], None]
     part, out, count = None, None, 0
     try:
         check_target(path, (), FAMILY, "logits")
-        check_room(path.parent, header.nbytes)
         part, out = open_part(path)
+        check_room(path.parent, header.nbytes)
         out.write(header.packed())
 
         def take(logits: np.ndarray) -> None:

@@ -59,6 +59,7 @@ def by_depth(panel, report: Mapping) -> None:
     panel.plot([found["divergence"]["p99"] for found in rows], "--", color=GREY, linewidth=1, label="99 % lie below")
     panel.set_xticks(range(len(rows)), [f"{found['from']:,} …\n({found['tokens']:,})" for found in rows])
     panel.set_yscale("symlog", linthresh=1e-4)
+    panel.margins(y=0.1)
     panel.set_ylim(bottom=0)
     panel.set_xlabel("position in the text (tokens)")
     panel.set_ylabel("KL divergence, nats")
