@@ -149,6 +149,7 @@ def _described(plan, name: str, dry_run: bool) -> dict:
     ]  # fmt: skip
     facts = {"files": files, "bytes": plan.nbytes, "type": name, "bits_per_weight": plan.bits_per_weight}
     fell = {c.tensor.name: type_name(c.wish) for c in plan.fallbacks}
+    facts |= {"on_q4_0_grid": sorted(plan.on_grid), "kept_exactly": plan.kept}
     return facts | {"written": not dry_run, "tensors": tensors, "fell_back_from": fell}
 
 
@@ -188,6 +189,10 @@ def _notes(plan, overrides, dry_run: bool) -> None:
         swaps = dict.fromkeys(f"{type_name(c.type)} for {type_name(c.wish)}" for c in fallbacks)
         rows = " or ".join(f"{width:,}" for width in widths)
         warn(f"rows of {rows} values are no whole blocks: {len(fallbacks)} tensors got {', '.join(swaps)}")
+    if kept := plan.kept:
+        warn(f"{len(kept)} tensors were trained on Q4_0's grid: they keep their scales and codes, exactly")
+    if other := plan.on_grid - set(kept):
+        warn(f"{len(other)} tensors were trained on Q4_0's grid: the type Q4_0 would keep them exactly")
     if missing := plan.unweighed:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         warn(f"the importance says nothing of {len(missing)} tensors, whose columns count alike: {shown}")
