@@ -78,7 +78,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("doctor", "convert")])  # no file in
     def test_a_model_that_is_not_there_is_one_line_and_exit_status_1(self, name):
-        needed = {"split": ["--max-part-size", "1G"]}.get(name, [])
+        needed = {"split": ["--max-part-size", "1G"], "quantize": ["Q8_0"]}.get(name, [])
         done = invoke(name, "no/such.gguf", *needed, stdin="1 2 3")
         assert done.exit_code == 1
         line = done.stdout if name == "check" else done.stderr

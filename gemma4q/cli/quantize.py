@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..errors import Gemma4qError
 from . import options
 from .terminal import columns, human_bytes, note, progress, warn
 
@@ -95,8 +96,8 @@ def quantize(
             plan.write(advance, choose_threads(threads).count)
     if as_json:
         click.echo(json.dumps(_described(plan, chosen.name, dry_run)))
-        return
-    click.echo((_table(plan) + "\n\n" if dry_run else "") + _summary(plan))
+    else:
+        click.echo((_table(plan) + "\n\n" if dry_run else "") + _summary(plan))
     _notes(plan, overrides, dry_run)
 
 
@@ -135,7 +136,7 @@ def _check_imatrix(path: str | None, plan) -> None:
     """Refuses to write over what was read."""
     for file in plan.files:
         if path is not None and os.path.exists(file.path) and os.path.samefile(path, file.path):
-            raise click.UsageError(f"{file.path} is the importance that is read: choose another name")
+            raise Gemma4qError("same_file", f"{file.path} is what is read: choose another name")
 
 
 def _described(plan, name: str, dry_run: bool) -> dict:

@@ -236,7 +236,7 @@ class _Ruled:
         """The type of the next tensor."""
         shape, base, dense = self.tensors[name].shape, self.mixture.base, self.mixture.dense
         if name == HEAD or (name in TABLES and HEAD not in self.tensors):
-            return self.head(shape[-1])
+            return T.Q8_0 if dense or base == T.Q8_0 else T.Q6_K
         if dense is not None:
             return base if len(shape) > 2 and shape[0] > 1 else dense
         kind = _kind(name)
@@ -244,11 +244,6 @@ class _Ruled:
         if self.traits.experts == 8 and kind in (*OF_EIGHT, "attn_output"):
             return OF_EIGHT.get(kind, T.Q5_K if self.mixture.name in OUTPUT_OF_EIGHT else base)
         return next((type for type, holds in self.mixture.rules.get(kind, ()) if holds(place)), base)
-
-    def head(self, cols: int) -> TensorType:
-        """The type of the head, and of all tables where one of them is the head."""
-        base = self.mixture.base
-        return T.Q8_0 if self.mixture.dense or base == T.Q8_0 or cols % BLOCKS[base][0] else T.Q6_K
 
     def place(self, kind: str, name: str) -> Place:
         """Counted, but for ffn_down where there are experts: two of them a layer have the number of the layer."""

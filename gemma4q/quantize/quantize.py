@@ -22,7 +22,7 @@ from ..gguf.types import TENSOR_TYPES, type_name
 from ..gguf.writer import TensorData
 from ..model.config import read_config
 from .grid import FOUR_BITS, is_on_grid
-from .mixtures import ALIASES, HEAD, MIXTURES, Mixture, Traits, asked, fitting, wishes
+from .mixtures import ALIASES, HEAD, MIXTURES, TABLES, Mixture, Traits, asked, fitting, wishes
 from .overrides import Overrides, Setting, changed
 from .stream import Importance, Stream
 
@@ -81,11 +81,14 @@ class Quantization:
 
     @property
     def unweighed(self) -> list[str]:
-        """Matrices that are rounded to blocks without importance, though there is some for others."""
+        """Matrices that are rounded to blocks without importance, though there is some for others.
+
+        A table alone, of which rows are looked up and no columns multiplied, has none.
+        """
         if self.importance is None:
             return []
         rounded = [c.tensor for c in self.changes if c.is_rounded and BLOCKS[c.type][0] > 1]
-        return [t.name for t in rounded if self.importance.of(t.name, t.shape[-1]) is None]
+        return [t.name for t in rounded if t.name != TABLES[1] and self.importance.of(t.name, t.shape[-1]) is None]
 
     def retyped(self, types: Mapping[str, int], settings: Iterable[Setting] = ()) -> "Quantization":
         """The same with other types, all of which fit the rows, and some keys set. Raises bad_option for a setting."""
