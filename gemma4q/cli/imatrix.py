@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -51,6 +50,10 @@ output = options.together(
         "--in-file", "before", multiple=True, type=click.Path(),
         help="Add these, GGUF or .dat; without MODEL do nothing else.",
     ),
+    click.option(
+        "--process-output", is_flag=True, expose_value=False,
+        help="As for llama-imatrix, but of no effect: the head is always among the tensors.",
+    ),
     click.option("--show-statistics", is_flag=True, help="Print a row for each part of the model."),
 )  # fmt: skip
 
@@ -87,7 +90,7 @@ def imatrix(
         with _loaded(model, backend, isa, threads, chunk) as calibration:
             chunks = calibration.chunks(_texts(calibration, files, raw, parse_special))
             names = tuple(os.fsencode(file).decode("utf-8", "replace") for file in files) or (SHIPPED,)
-            found = replace(found, datasets=(*found.datasets, *names), chunk_size=calibration.chunk)
+            found = merge([Importance({}, chunk_size=calibration.chunk), found, Importance({}, names)])
             found = _read_on(calibration, chunks, most, found, out, not no_resume, every)
     elif len(before) > 1 or not show_statistics:
         write(out, found)
@@ -121,7 +124,7 @@ def _read_on(calibration, chunks: list, most: int, before, out: Path, resume: bo
 
     check_target(out, calibration.inputs)
     begun = continued(out if resume else None, calibration.origin(chunks, before), before)
-    done, wanted = begun.chunks - before.chunks, chunks[: most if most >= 0 else None]
+    done, wanted = begun.chunks - before.chunks, chunks[: most if most > 0 else None]
     if done:
         note(f"{out} holds {done} of {len(wanted)} chunks: " + ("going on" if done < len(wanted) else "that is all"))
     sizes = [sum(map(len, chunk)) for chunk in wanted]

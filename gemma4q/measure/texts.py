@@ -6,7 +6,7 @@ the model would spell it, to its last token. Owns which tokens are scored; what 
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from ..text.segments import CHANNEL, CHANNEL_END, Segment, encode, text_of
 from ..text.tokenizer import Tokenizer
 
 MOST_BYTES = 256 << 20
-KIND = re.compile(r"[A-Za-z0-9][\w .+-]{0,39}")
+LEAST_CHUNK = 8  # tokens
+KIND = re.compile(r"\w[\w .+-]{0,39}")
 NO_THOUGHT = f"{CHANNEL}thought\n{CHANNEL_END}"  # what a large model's prompt ends in when it is not to think
 TURNS, ALL, RAW = "the model's turns", "every token of a conversation", "plain text"
 
 
 @dataclass(frozen=True, eq=False)
 class Passage:
-    """Tokens a model reads, int32 [tokens], of which those from `first` on are scored; `text` is the text it is of."""
+    """Tokens a model reads, int32 [tokens], of which those from `first` on are scored; `text`: which text it is of."""
 
     ids: np.ndarray
     first: int
@@ -143,18 +144,25 @@ def behind(segments: Iterable[Segment], characters: int) -> list[Segment]:
     return out
 
 
-def chunks(text: str, tokenizer: Tokenizer, size: int, kind: str, first_text: int) -> Iterator[Passage]:
-    """Plain text in chunks of `size` tokens, what is left at its end dropped; scored as llama-perplexity does.
+def plain(paths: Sequence[Path], tokenizer: Tokenizer, size: int) -> list[Passage]:
+    """Plain text in chunks of `size` tokens, what is left at the end of a file dropped; a kind for each file.
 
-    The first token of each chunk is replaced by <bos>, and the second half is scored.
+    Raises `bad_text` for a file shorter than a chunk, and OSError.
     """
-    ids = np.array(tokenizer.encode(text, bos=True, special=False), np.int32)
-    for number in range(len(ids) // size):
-        yield chunk(ids[number * size : (number + 1) * size], tokenizer.bos, kind, first_text + number)
+    found: list[Passage] = []
+    for path in paths:
+        ids = np.array(tokenizer.encode(read_text(path), bos=True, special=False), np.int32)
+        if len(ids) < size:
+            fault = f"{path} has {len(ids):,} tokens, less than a chunk of {size:,}: -c takes fewer"
+            raise Gemma4qError("bad_text", fault)
+        kind = re.sub(r"^\W|[^\w .+-]", "_", path.stem)[:40]
+        parts = ids[: len(ids) // size * size].reshape(-1, size)
+        found += [chunk(part, tokenizer.bos, kind, number) for number, part in enumerate(parts, len(found))]
+    return found
 
 
 def chunk(ids: np.ndarray, bos: int, kind: str, text: int) -> Passage:
-    """A chunk as llama-perplexity scores it: rows from the middle on, each for the token after it."""
+    """A chunk as llama-perplexity scores it: begun with <bos>, its second half, each row for the token after it."""
     return Passage(np.concatenate([[bos], ids[1:]]).astype(np.int32), len(ids) // 2 + 1, kind, text)
 
 
