@@ -148,7 +148,9 @@ def test_without_time_to_measure_the_errors_alone_decide(half, lost):
 
 def test_rank_correlation_is_spearmans():
     points = [Point("", (), float(a), float(b)) for a, b in zip([1, 2, 3, 4, 5], [5, 6, 7, 8, 7], strict=True)]
-    assert Allocation({}, 0, 0.0, points).correlation == pytest.approx(0.8207826817)  # 1 pair of equals: Pearson of ranks
+    assert Allocation({}, 0, 0.0, points).correlation == pytest.approx(
+        0.8207826817
+    )  # 1 pair of equals: Pearson of ranks
     assert Allocation({}, 0, 0.0, points[:2]).correlation is None
 
 
@@ -176,7 +178,8 @@ def test_a_trial_is_measured_once_kept_and_taken_away(half, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, wanted", [("12GB", 12 * 10**9), ("900mb", 9 * 10**8), ("7.5GiB", int(7.5 * 2**30)), ("64 KB", 64000), ("2G", 2 * 10**9)]
+    "text, wanted",
+    [("12GB", 12 * 10**9), ("900mb", 9 * 10**8), ("7.5GiB", int(7.5 * 2**30)), ("64 KB", 64000), ("2G", 2 * 10**9)],
 )
 def test_sizes_are_read(text, wanted):
     assert size(text) == wanted

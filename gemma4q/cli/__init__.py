@@ -28,8 +28,10 @@ COMMANDS = {  # name: (module, what it does)
     "quantize": ("quantize", "Write a model file in smaller tensor types."),
     "imatrix": ("imatrix", "Measure how much each column of a model's matrices matters."),
     "doctor": ("doctor", "Print what this machine can do, and why."),
+    "eval": ("eval", "Measure how far a model lies from another, or its perplexity."),
     "bench": ("bench", "Measure speed, and tell whether a change made it slower."),
 }
+ALIASES = {"perplexity": "eval"}  # not listed
 INTERRUPTED = 130
 
 
@@ -40,6 +42,7 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        name = ALIASES.get(name, name)
         if name not in COMMANDS:
             return None
         return getattr(import_module(f".{COMMANDS[name][0]}", __name__), name)

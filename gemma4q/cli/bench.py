@@ -106,7 +106,7 @@ def bench(model: str | None, plot: str | None, results: str, **given) -> int:
         raise click.UsageError("--against, --vs and --compare exclude each other")
     code = 0
     if model is not None:
-        _writable(given["save"])
+        options.check_writable(given["save"])
         run = {"against": _gate, "versus": _versus}.get(modes[0] if modes else "", _measure)
         code = run(model, results=Path(results), **given)
         options.warn_of_kv(*(kv for kvs in given["kvs"] for kv in kvs))
@@ -116,16 +116,6 @@ def bench(model: str | None, plot: str | None, results: str, **given) -> int:
 
         draw(history.read(Path(results)), Path(plot))
     return code
-
-
-def _writable(path: str | None) -> None:
-    """Fails now, not after minutes."""
-    if path is not None:
-        there = os.path.exists(path)
-        with open(path, "a"):
-            pass
-        if not there:
-            os.unlink(path)
 
 
 def _document(model: str, screen: Screen, hashed: bool = True) -> dict:

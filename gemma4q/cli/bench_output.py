@@ -10,7 +10,6 @@ import click
 from . import terminal
 from .terminal import human_bytes, note
 
-WIDEST = 1000
 BUSY = 0.97  # CPU time of a run that had its cores to itself, of threads x wall
 
 
@@ -97,17 +96,7 @@ def _print(form: str, document: Mapping, rows: Sequence[Mapping], columns: Seque
     if form != "table":
         click.echo(write(form, document, rows, columns))
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(column.show(row) for column in columns))
-    needed = Console(width=WIDEST).measure(table).maximum  # a cut table cannot be read; a terminal wraps lines itself
-    Console(width=needed, highlight=False, markup=False).print(table)
+    terminal.table([(column.title, column.right) for column in columns], [[c.show(r) for c in columns] for r in rows])
 
 
 def facts_below(document: Mapping, form: str) -> None:

@@ -110,6 +110,16 @@ def given(values: dict[str, object]) -> dict[str, object]:
     return found | {"ignore_eos": values.pop("ignore_eos"), "token_mask": not values.pop("no_token_mask")}
 
 
+def check_writable(path: str | None) -> None:
+    """Fails now, not after minutes."""
+    if path is not None:
+        there = os.path.exists(path)
+        with open(path, "a"):
+            pass
+        if not there:
+            os.unlink(path)
+
+
 class ModelFile(click.ParamType):
     """A path, or the name of a model that comes with gemma4q where no file has that name."""
 

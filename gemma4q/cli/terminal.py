@@ -15,6 +15,7 @@ from typing import TextIO
 import click
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+WIDEST = 1000
 PATIENCE_SECONDS = 1.0  # what takes longer shows that it is alive
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -61,6 +62,21 @@ def columns(rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> str:
         for row in texts
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def table(titles: Iterable[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table to stdout; of each column its title, and whether it is aligned right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, right in titles:
+        found.add_column(title, justify="right" if right else "left", no_wrap=True)
+    for row in rows:
+        found.add_row(*row)
+    needed = Console(width=WIDEST).measure(found).maximum  # a cut table cannot be read; a terminal wraps lines itself
+    Console(width=needed, highlight=False, markup=False).print(found)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What comes with the package: two small models, trained for this project, and conversations to calibrate with.
+"""What comes with the package: two small models, trained for this project, and conversations.
 
 Owns their names and where they lie; README.md beside them says what they are and what the models can do.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 NAMES = ("tiny", "tiny-moe")
 DEFAULT = NAMES[0]
 CALIBRATION = Path(__file__).parent / "calibration.jsonl"
+EVALUATION = Path(__file__).parent / "evaluation.jsonl"
 
 
 def shipped(name: str) -> Path | None:
