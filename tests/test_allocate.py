@@ -19,7 +19,7 @@ from gemma4q.quantize import allocate as room
 from gemma4q.quantize.allocate import Allocation, Option, Point, allocate, choose, errors, free, hull, part, sample
 from gemma4q.quantize.encode import Encoder
 from gemma4q.quantize.mixtures import mixture
-from gemma4q.quantize.overrides import Overrides
+from gemma4q.quantize.overrides import Overrides, pattern
 from gemma4q.quantize.quantize import planned
 from gemma4q.quantize.recipe import recipe, size
 from gemma4q.shipped import CALIBRATION, shipped
@@ -192,8 +192,9 @@ def test_what_is_no_size_is_said(text):
 
 
 def test_a_recipe_takes_no_more_bytes_than_its_mixture_and_does_less_harm(half, tmp_path, lost):
-    base = planned(half, tmp_path / "q.gguf", mixture("Q5_0"), Overrides(embedding=T.Q8_0))
-    wanted = recipe(base, Overrides(embedding=T.Q8_0), None, False)
+    words = Overrides(embedding=T.Q8_0, patterns=(pattern("inp_gate=q8_0"), pattern(r"\.proj=q8_0")))
+    base = planned(half, tmp_path / "q.gguf", mixture("Q5_0"), words)
+    wanted = recipe(base, words, None, False)
     plan, found = wanted.choose(wanted.errors(2, candidates=OLD))
     assert sum(c.data.nbytes for c in plan.changes) == found.nbytes <= sum(c.data.nbytes for c in base.changes)
     theirs = sum(lost[c.tensor.name].get(c.type, 0) for c in base.changes if c.tensor.name in lost)
@@ -219,7 +220,7 @@ def run(capsys, monkeypatch):
 
 @pytest.mark.parametrize("target", [2_000_000, 2_500_000])
 def test_a_file_of_a_size_is_no_larger_and_hardly_smaller(half, tmp_path, run, target):
-    code, out, said = run(half, tmp_path, "--target-size", f"{target / 1e6}MB", "--budget", 0)
+    code, _, said = run(half, tmp_path, "--target-size", f"{target / 1e6}MB", "--budget", 0)
     (written,) = tmp_path.glob("*.gguf")
     assert code == 0 and written.name == f"tiny-{target / 1e6}MB.gguf"
     assert target - 60_000 < written.stat().st_size <= target

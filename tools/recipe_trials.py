@@ -1,4 +1,4 @@
-"""The recipe `gemma` beside llama.cpp's mixtures: KL divergence at no more tensor bytes, on texts nobody calibrated with.
+"""The recipe `gemma` beside llama.cpp's mixtures: KL divergence at no more bytes, on texts nobody calibrated with.
 
     python tools/recipe_trials.py                                  both trained models, four mixtures: a table
     python tools/recipe_trials.py --minutes 0 --json trials.json   by the sums of errors alone

@@ -13,6 +13,8 @@ from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 
+import numpy as np
+
 from ..engine.model import Model
 from ..errors import Gemma4qError
 from ..quantize.quantize import Quantization
@@ -20,10 +22,11 @@ from .evaluate import Speaking, evaluate
 from .texts import Passage, conversations, passages
 
 TOKENS = 6000  # read for an answer, about: whole texts, of each kind in turn
+MOST_KEPT = 256 << 20  # bytes of what the original says
 LONGEST = 2048  # tokens of a text
 
 
-def some(found: Sequence[Passage], most: int = TOKENS) -> list[Passage]:
+def some(found: Sequence[Passage], most: int) -> list[Passage]:
     """The first texts of every kind, kinds in turn, until they have so many tokens."""
     kinds = dict.fromkeys(passage.kind for passage in found)
     rows = [[p for p in found if p.kind == kind and len(p.ids) <= LONGEST] for kind in kinds]
@@ -34,6 +37,25 @@ def some(found: Sequence[Passage], most: int = TOKENS) -> list[Passage]:
                 return chosen
             chosen.append(passage)
     return chosen
+
+
+class Remembered:
+    """What a model said of some passages, kept as far as it is not too much: it need not read them for each answer."""
+
+    known_above = None
+
+    def __init__(self, model: Speaking):
+        self.model, self.kept, self.room = model, {}, MOST_KEPT
+
+    def rows(self, number: int, start: int, end: int) -> np.ndarray:
+        """As `Rows` of `evaluate` has it."""
+        if (number, start, end) in self.kept:
+            return self.kept[number, start, end]
+        rows = self.model.rows(number, start, end)
+        if rows.nbytes <= self.room:
+            self.kept[number, start, end] = rows
+            self.room -= rows.nbytes
+        return rows
 
 
 class Divergence:
@@ -58,6 +80,7 @@ class Divergence:
         self.known = self._read()
         self.base: Model | None = None
         self.passages: list[Passage] = []
+        self.said: Remembered | None = None
 
     def __call__(self, types: Mapping[str, int]) -> float | None:
         changed = {n: int(type) for n, type in types.items() if type != self.plan.gguf.tensors[n].type}
@@ -75,12 +98,13 @@ class Divergence:
         if self.base is None:
             self.base = Model(self.plan.gguf.path, threads=self.threads, context=LONGEST)
             found = passages(conversations(self.texts), self.base.tokenizer, self.base.flavour)
-            self.passages = some(found)
+            self.passages = some(found, TOKENS)
+            self.said = Remembered(Speaking(self.base, self.passages))
         trial = self.plan.retyped(types).alone(self.trial)
         try:
             trial.write(threads=self.base.threads.count)
             with Model(self.trial, threads=self.threads, context=LONGEST) as model:
-                sides = Speaking(model, self.passages), Speaking(self.base, self.passages)
+                sides = Speaking(model, self.passages), self.said
                 scores = evaluate(self.passages, range(len(self.passages)), *sides, threads=model.threads.count)
         finally:
             self.trial.unlink(missing_ok=True)

@@ -30,6 +30,8 @@ SURE = ("inp_gate.weight", "proj.weight")  # per-layer projections: small, and e
 SURE_TYPE = T.Q8_0
 SAMPLE, SPOTS = 1 << 18, 16  # values of a tensor that are rounded to see what is lost; in rows at so many places
 MOST_MEASURED = 48  # models
+MOST_EXCHANGES = 200
+UNITS = 1 << 14  # that room is counted in
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)\.weight")
 
 Progress = Callable[[int, int], None]
@@ -253,25 +255,69 @@ def allocate(
 
 
 def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """The least harm together of at most so many bytes, nearly: steps along each tensor's convex hull in the order of
-    harm that a byte takes away (Everett's multipliers), then what still fits. Of equal ones the first name's."""
+    """The least harm together of at most so many bytes, nearly; the same for options in any order.
+
+    Two ways, then exchanges, and the better of both: steps along each tensor's convex hull in the order of harm that a
+    byte takes away (Everett's multipliers), good where there are many tensors; and the best sums of rounded sizes, good
+    where there are few.
+    """
     hulls = {name: hull(options[name]) for name in sorted(options)}
-    chosen = {name: steps[0] for name, steps in hulls.items()}
+    found = [_stepped(hulls, budget), _summed(hulls, budget)]
+    found = [_exchanged(options, chosen, budget - sum(o.nbytes for o in chosen.values())) for chosen in found]
+    return min(found, key=lambda chosen: sum(option.harm for option in chosen.values()))
+
+
+def _stepped(hulls: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    chosen = {name: line[0] for name, line in hulls.items()}
     left = budget - sum(option.nbytes for option in chosen.values())
     steps = [(name, a, b) for name, line in hulls.items() for a, b in pairwise(line)]
     for name, before, after in sorted(steps, key=lambda step: -_gain(step[1], step[2])):
         if chosen[name] == before and after.nbytes - before.nbytes <= left:
             chosen[name] = after
             left -= after.nbytes - before.nbytes
-    while better := [
-        (name, option)
-        for name in hulls
-        for option in options[name]
-        if option.harm < chosen[name].harm and option.nbytes - chosen[name].nbytes <= left
-    ]:
-        name, option = max(better, key=lambda pair: chosen[pair[0]].harm - pair[1].harm)
-        left -= option.nbytes - chosen[name].nbytes
-        chosen[name] = option
+    return chosen
+
+
+def _summed(hulls: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """By dynamic programming: for each tensor and room, in units of bytes, the option of the least harm so far."""
+    room = budget - sum(line[0].nbytes for line in hulls.values())
+    unit = -(-max(room, 1) // UNITS)
+    least, picks = np.zeros(room // unit + 1), []
+    for line in hulls.values():
+        rows = np.full((len(line), len(least)), np.inf)
+        for row, option in zip(rows, line, strict=True):
+            units = -(-(option.nbytes - line[0].nbytes) // unit)
+            row[units:] = least[: max(0, len(least) - units)] + option.harm
+        picks.append(rows.argmin(0))
+        least = rows.min(0)
+    chosen, at = {}, len(least) - 1
+    for (name, line), pick in reversed(list(zip(hulls.items(), picks, strict=True))):
+        chosen[name] = line[pick[at]]
+        at -= -(-(chosen[name].nbytes - line[0].nbytes) // unit)
+    return chosen
+
+
+def _exchanged(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: int) -> dict[str, Option]:
+    """What is chosen after all changes of one tensor, or of two at once, that do less harm and fit in what is left."""
+    names = sorted(options)
+    moves = [(i, option) for i, name in enumerate(names) for option in options[name]]
+    of = np.array([i for i, _ in moves] + [-1])  # the last one changes nothing
+    sizes, harms = (np.array([getattr(o, what) for _, o in moves] + [0]) for what in ("nbytes", "harm"))
+    for _ in range(MOST_EXCHANGES):
+        now = [chosen[name] for name in names]
+        more = sizes - np.append([o.nbytes for o in now], 0)[of]
+        gain = np.append([o.harm for o in now], 0)[of] - harms
+        best, pair = 0.0, None
+        for i in range(len(of)):
+            together = np.where((more + more[i] <= left) & (of != of[i]), gain + gain[i], 0)
+            if together.max() > best * (1 + 1e-9) + 1e-15:
+                best, pair = float(together.max()), (i, int(together.argmax()))
+        if pair is None:
+            break
+        for move in pair:
+            if move < len(moves):
+                chosen[names[of[move]]] = moves[move][1]
+                left -= int(more[move])
     return chosen
 
 
