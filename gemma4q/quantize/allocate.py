@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import prod
+from math import gcd, prod
 
 import numpy as np
 
@@ -281,7 +281,8 @@ def _stepped(hulls: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Op
 def _summed(hulls: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
     """By dynamic programming: for each tensor and room, in units of bytes, the option of the least harm so far."""
     room = budget - sum(line[0].nbytes for line in hulls.values())
-    unit = -(-max(room, 1) // UNITS)
+    common = gcd(*(option.nbytes - line[0].nbytes for line in hulls.values() for option in line)) or 1
+    unit = common * -(-max(room, 1) // (common * UNITS))
     least, picks = np.zeros(room // unit + 1), []
     for line in hulls.values():
         rows = np.full((len(line), len(least)), np.inf)
