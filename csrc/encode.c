@@ -49,7 +49,7 @@ static void encode_share(void *arg, int32_t thread, int32_t threads) {
             atomic_store(&e->status, STATUS_NON_FINITE);
             return;
         }
-        e->kernels->encode[e->type](x, rows, e->cols, e->importance, out);
+        e->kernels->encode(e->type, x, rows, e->cols, e->importance, out);
         for (int64_t r = 0; e->error && r < rows; r++)
             e->error[first + r] = row_error(e, x + r * e->cols, out + r * bytes);
     }
@@ -57,7 +57,7 @@ static void encode_share(void *arg, int32_t thread, int32_t threads) {
 int32_t encode_rows(pool *threads, int32_t isa, int32_t type, const float *x, int64_t rows, int64_t cols,
                     const float *importance, uint8_t *out, double *error) {
     const kernel_table *kernels = kernels_of(isa);
-    if (!kernels || type < 0 || type >= TYPE_COUNT || !kernels->encode[type] || cols < 1 ||
+    if (!kernels || type < 0 || type >= TYPE_COUNT || block_of(type).values < 32 || cols < 1 ||
         cols % block_of(type).values)
         return -1;
     encoding e = {kernels, x, importance, out, error, rows, cols, type, 0, STATUS_OK};

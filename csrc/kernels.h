@@ -64,7 +64,7 @@ typedef struct {
     void (*round)(const float *x, bf16 *y, int64_t cols); /* what prompt rows become on tiles; NULL: quantised too */
     kernel attend_merge;
     void (*dequantize[TYPE_COUNT])(const uint8_t *x, float *y, int64_t cols);
-    void (*encode[TYPE_COUNT])(const float *x, int64_t rows, int64_t cols, const float *importance, uint8_t *out);
+    void (*encode)(int32_t type, const float *x, int64_t rows, int64_t cols, const float *importance, uint8_t *out);
     double (*squared_error)(const float *x, const float *y, const float *importance, int64_t n);
     void (*matmul)(const weight *, int64_t first, int64_t rows, const void *const *x, float *const *y, int64_t tokens,
                    int64_t prompt, uint8_t *scratch);

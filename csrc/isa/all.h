@@ -16,6 +16,9 @@
 #endif
 #include "../quants/decode.h"
 #include "../quants/encode.h"
+#include "../quants/search.h"
+#include "../quants/whole.h"
+#include "../quants/write.h"
 #include "../kernels/elementwise.h"
 #include "../kernels/embed.h"
 #include "../kernels/unpack.h"
@@ -47,17 +50,7 @@ const kernel_table K(kernels) = {
 #ifdef AMX
     .round = K(round_blocks),
 #endif
-    .encode =
-        {
-#define ENCODES(name, NAME) [TYPE_##NAME] = K(encode_##name)
-            ENCODES(q4_0, Q4_0),
-            ENCODES(q4_1, Q4_1),
-            ENCODES(q5_0, Q5_0),
-            ENCODES(q5_1, Q5_1),
-            ENCODES(q8_0, Q8_0),
-            ENCODES(mxfp4, MXFP4),
-#undef ENCODES
-        },
+    .encode = K(encode),
     .squared_error = K(squared_error),
     .matmul = K(matmul_rows),
     .matmul_names =
