@@ -9,6 +9,7 @@ import click
 
 from ..errors import Gemma4qError
 from . import options
+from . import recipe as choosing
 from .terminal import columns, human_bytes, note, progress, warn
 
 EXAMPLES = """
@@ -19,6 +20,8 @@ Examples:
   gemma4q quantize gemma-4-E2B-it-BF16.gguf Q4_K_M --dry-run    # every tensor, its type and size
   gemma4q quantize gemma-4-E2B-it-BF16.gguf Q4_0 --token-embedding-type q8_0 --tensor-type 'blk\\.[0-3]\\.attn=q6_k'
   gemma4q quantize gemma-4-31B-it-BF16-00001-of-00004.gguf out.gguf Q8_0 --keep-split
+  gemma4q quantize gemma-4-E2B-it-BF16.gguf Q4_K_M --recipe gemma --imatrix imatrix.gguf   # as large, and better
+  gemma4q quantize gemma-4-26B-A4B-it-BF16.gguf small.gguf --target-size 12GB --imatrix imatrix.gguf
   gemma4q quantize MODEL.gguf renamed.gguf COPY --override-kv general.name=str:Mine
 
 \b
@@ -60,7 +63,8 @@ files = options.together(
 
 @options.command(epilog=EXAMPLES)
 @options.model
-@click.argument("words", nargs=-1, required=True, metavar="[OUT] TYPE")
+@click.argument("words", nargs=-1, metavar="[OUT] TYPE")
+@choosing.recipes
 @types
 @weights
 @files
@@ -69,7 +73,8 @@ files = options.together(
 def quantize(
     model: str, words: tuple[str, ...], imatrix: str | None, include_weights: tuple[str, ...],
     exclude_weights: tuple[str, ...], allow_requantize: bool, settings: tuple[str, ...], keep_split: bool,
-    dry_run: bool, threads: int | None, as_json: bool, **wishes,
+    dry_run: bool, threads: int | None, as_json: bool, recipe: str | None, target_size: str | None, budget: float,
+    **wishes,
 ) -> None:  # fmt: skip
     """Write a model file in smaller tensor types: a type for all, or a mixture under llama.cpp's name.
 
@@ -81,27 +86,49 @@ def quantize(
     from ..quantize.overrides import importance_keys, setting
     from ..quantize.quantize import planned
 
-    out, name = _words(words)
+    (out, name), target = _words(words, target_size), _target(target_size, wishes["pure"], recipe)
     chosen, overrides = mixture(name), _overrides(**wishes)
-    if chosen.base is None and (imatrix or any(value for value in wishes.values())):
-        raise click.UsageError("COPY changes no tensor: it takes no types and no --imatrix")
+    if chosen.base is None and (imatrix or recipe or any(value for value in wishes.values())):
+        raise click.UsageError("COPY changes no tensor: it takes no types, no --recipe and no --imatrix")
     importance = _importance(imatrix, include_weights, exclude_weights)
+    label = target_size or (f"{chosen.name}-{recipe}" if recipe else None)
     plan = planned(
         model, out, chosen, overrides, map(setting, settings), importance,
-        importance_keys(importance, imatrix) if importance else (), keep_split, allow_requantize,
+        importance_keys(importance, imatrix) if importance else (), keep_split, allow_requantize, label,
     )  # fmt: skip
     _check_imatrix(imatrix, plan)
+    found = None
+    if recipe or target_size:
+        plan, found = choosing.choose(plan, overrides, target, budget, allow_requantize, dry_run, threads)
     if not dry_run:
         with progress("quantizing") as advance:
             plan.write(advance, choose_threads(threads).count)
     if as_json:
-        click.echo(json.dumps(_described(plan, chosen.name, dry_run)))
+        facts = _described(plan, label or chosen.name, dry_run)
+        click.echo(json.dumps(facts | (choosing.described(found) if found else {})))
     else:
         click.echo((_table(plan) + "\n\n" if dry_run else "") + _summary(plan))
+    if found:
+        choosing.say(found)
     _notes(plan, overrides, dry_run)
 
 
-def _words(words: tuple[str, ...]) -> tuple[str | None, str]:
+def _target(size: str | None, pure: bool, recipe: str | None) -> int | None:
+    from ..quantize.recipe import size as read
+
+    if pure and (size or recipe):
+        raise click.UsageError("--pure gives all matrices one type: a recipe chooses one for each")
+    return None if size is None else read(size)
+
+
+def _words(words: tuple[str, ...], target_size: str | None) -> tuple[str | None, str]:
+    """OUT and TYPE; any type of blocks will do to plan with where a size is given."""
+    if target_size and len(words) < 2:
+        return (words[0] if words else None), "Q8_0"
+    if target_size:
+        raise click.UsageError("--target-size says how large: no TYPE beside it")
+    if not words:
+        raise click.UsageError("Missing argument '[OUT] TYPE'.")
     if len(words) == 3 and words[2].isdigit():
         raise click.UsageError(f"Threads are an option here: -t {words[2]}")
     if len(words) > 2:
@@ -150,6 +177,7 @@ def _described(plan, name: str, dry_run: bool) -> dict:
     ]  # fmt: skip
     facts = {"files": files, "bytes": plan.nbytes, "type": name, "bits_per_weight": plan.bits_per_weight}
     fell = {c.tensor.name: type_name(c.wish) for c in plan.fallbacks}
+    facts |= {"on_q4_0_grid": sorted(plan.on_grid), "kept_exactly": plan.kept}
     return facts | {"written": not dry_run, "tensors": tensors, "fell_back_from": fell}
 
 
@@ -189,6 +217,10 @@ def _notes(plan, overrides, dry_run: bool) -> None:
         swaps = dict.fromkeys(f"{type_name(c.type)} for {type_name(c.wish)}" for c in fallbacks)
         rows = " or ".join(f"{width:,}" for width in widths)
         warn(f"rows of {rows} values are no whole blocks: {len(fallbacks)} tensors got {', '.join(swaps)}")
+    if kept := plan.kept:
+        warn(f"{len(kept)} tensors were trained on Q4_0's grid: they keep their scales and codes, exactly")
+    if other := plan.on_grid - set(kept):
+        warn(f"{len(other)} tensors were trained on Q4_0's grid: the type Q4_0 would keep them exactly")
     if missing := plan.unweighed:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         warn(f"the importance says nothing of {len(missing)} tensors, whose columns count alike: {shown}")

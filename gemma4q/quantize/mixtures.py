@@ -189,14 +189,14 @@ def wishes(
     for name in _in_order(tensors):
         type, shape = tensors[name].type, tensors[name].shape
         if is_rounded(name, shape) and not (overrides.leave_output and name == HEAD):
-            asked = _asked(name, tied, overrides)
+            asked_for = asked(name, tied, overrides)
             plain = overrides.pure or not _in_blocks(mixture.base)
-            type = asked if asked is not None else mixture.base if plain else ruled.type(name)
+            type = asked_for if asked_for is not None else mixture.base if plain else ruled.type(name)
         out[name] = type
     return {name: out[name] for name in tensors}
 
 
-def _asked(name: str, tied: bool, overrides: Overrides) -> TensorType | None:
+def asked(name: str, tied: bool, overrides: Overrides) -> TensorType | None:
     """What a person wants of a tensor beyond the mixture: the first of their words that is about it."""
     named = overrides.named(name)
     if name == TABLES[0] or (name == TABLES[1] and named is None):

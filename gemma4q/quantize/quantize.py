@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..abi import BLOCKS
+from ..abi import BLOCKS, TensorType
 from ..convert.output import Planned, Progress, write_files
 from ..convert.split import SPLIT_TYPES, parts_of, stem_of
 from ..errors import Gemma4qError
@@ -21,7 +21,8 @@ from ..gguf.reader import GGUF, Tensor, open_gguf
 from ..gguf.types import TENSOR_TYPES, type_name
 from ..gguf.writer import TensorData
 from ..model.config import read_config
-from .mixtures import ALIASES, MIXTURES, TABLES, Mixture, Traits, fitting, wishes
+from .grid import FOUR_BITS, is_on_grid
+from .mixtures import ALIASES, HEAD, MIXTURES, TABLES, Mixture, Traits, asked, fitting, wishes
 from .overrides import Overrides, Setting, changed
 from .stream import Importance, Stream
 
@@ -49,12 +50,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What would be written: `changes` has every tensor, in the order of the file."""
+    """What would be written: `changes` has every tensor, in the order of the file.
+
+    `on_grid`: names of tensors that would get four bits and have Q4_0's grid, which Q4_0 keeps exactly.
+    """
 
     gguf: GGUF
     files: list[Planned]
     changes: list[Change]
     importance: Importance | None
+    on_grid: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +75,11 @@ class Quantization:
         return [change for change in self.changes if change.type != change.wish]
 
     @property
+    def kept(self) -> list[str]:
+        """Tensors that get the scales and codes of Q4_0 that they were trained with."""
+        return [c.tensor.name for c in self.changes if c.tensor.name in self.on_grid and c.type == TensorType.Q4_0]
+
+    @property
     def unweighed(self) -> list[str]:
         """Matrices that are rounded to blocks without importance, though there is some for others.
 
@@ -80,6 +90,23 @@ class Quantization:
         rounded = [c.tensor for c in self.changes if c.is_rounded and BLOCKS[c.type][0] > 1]
         return [t.name for t in rounded if t.name != TABLES[1] and self.importance.of(t.name, t.shape[-1]) is None]
 
+    def retyped(self, types: Mapping[str, int], settings: Iterable[Setting] = ()) -> "Quantization":
+        """The same with other types, all of which fit the rows, and some keys set. Raises bad_option for a setting."""
+        changes = [Change(c.tensor, types[c.tensor.name], types[c.tensor.name]) for c in self.changes]
+        data, settings, files = {c.tensor.name: c.data for c in changes}, list(settings), []
+        for number, file in enumerate(self.files):
+            metadata, kinds = changed(file.metadata, file.types, () if number else settings)
+            tensors = [data[tensor.name] for tensor in file.tensors]
+            files.append(Planned(file.path, metadata, kinds, tensors))
+        return Quantization(self.gguf, files, changes, self.importance, _on_grid(self.gguf, changes))
+
+    def alone(self, path: Path) -> "Quantization":
+        """The same as one file of this name."""
+        first, tensors = self.files[0], [change.data for change in self.changes]
+        metadata = {key: value for key, value in first.metadata.items() if key not in SPLIT_TYPES}
+        kinds = {key: first.types[key] for key in metadata}
+        return replace(self, files=[Planned(path, metadata, kinds, tensors)])
+
     def write(self, progress: Progress | None = None, threads: int | None = None) -> None:
         """Writes all files or none, on all CPUs we may run on or so many threads.
 
@@ -88,7 +115,7 @@ class Quantization:
         """
         types = {change.tensor.name: change.type for change in self.changes}
         tensors = [self.gguf.tensors[data.name] for file in self.files for data in file.tensors]
-        with closing(Stream(self.gguf, tensors, types, self.importance, threads)) as stream:
+        with closing(Stream(self.gguf, tensors, types, self.importance, threads, frozenset(self.kept))) as stream:
             data = {tensor.name: tensor for tensor in stream.data()}
             files = [replace(file, tensors=[data[tensor.name] for tensor in file.tensors]) for file in self.files]
             write_files(files, [source.fileno for source in self.gguf.files], progress)
@@ -104,13 +131,15 @@ def planned(
     importance_keys: Iterable[Setting] = (),
     keep_split: bool = False,
     allow_requantize: bool = False,
+    label: str | None = None,
 ) -> Quantization:
-    """A model file in the types of a mixture. `to`: a file, a directory, or None for a name beside the model.
+    """A model file in the types of a mixture. `to`: a file, a directory, or None for a name beside the model, which
+    ends in `label`, or in the mixture's name.
 
     Raises the reader's kinds, those of `read_config`, bad_option for a setting, and those of `rewritten`.
     """
     gguf, settings = open_gguf(path), list(settings)
-    to = _target(gguf.path, to, mixture)
+    to = _target(gguf.path, to, label or mixture.name)
     if mixture.base is None:
         return rewritten(gguf, to, {name: t.type for name, t in gguf.tensors.items()}, settings, keep_split=keep_split)
     if gguf.metadata.get("general.architecture") == "clip":
@@ -119,6 +148,8 @@ def planned(
     metadata, kinds = changed(gguf.metadata, gguf.types, settings)
     traits = Traits.of(read_config(replace(gguf, metadata=metadata, types=kinds)))
     wished = wishes(gguf.tensors, traits, mixture, overrides, importance is not None)
+    if mixture.base == TensorType.Q4_0:
+        wished |= _larger_for_nothing(gguf, wished, overrides)
     named = [("general.quantization_version", QUANTIZATION_VERSION), ("general.file_type", mixture.file_type)]
     dropped = {key for key in gguf.metadata if key.startswith(OF_IMPORTANCE)}
     gguf = replace(gguf, metadata={key: value for key, value in gguf.metadata.items() if key not in dropped})
@@ -142,7 +173,7 @@ def rewritten(
     if not gguf.tensors:
         raise Gemma4qError("missing_tensor", f"{gguf.path} holds no tensors")
     changes = [Change(t, fitting(types[t.name], t.shape[-1]), types[t.name]) for t in gguf.tensors.values()]
-    _check_sources([change.tensor for change in changes if change.is_rounded], allow_requantize)
+    check_sources([change.tensor for change in changes if change.is_rounded], allow_requantize)
     if importance is not None:
         for tensor in (change.tensor for change in changes if change.is_rounded):
             _check_importance(tensor, importance.of(tensor.name, tensor.shape[-1]))
@@ -150,10 +181,25 @@ def rewritten(
     metadata, kinds = changed(metadata, {key: gguf.types[key] for key in metadata}, settings)
     parts = range(len(gguf.files)) if keep_split else range(1)
     groups = [[c.data for c in changes if not keep_split or c.tensor.file == part] for part in parts]
-    return Quantization(gguf, parts_of(to, metadata, kinds, groups), changes, importance)
+    return Quantization(gguf, parts_of(to, metadata, kinds, groups), changes, importance, _on_grid(gguf, changes))
 
 
-def _check_sources(tensors: list[Tensor], allow_requantize: bool) -> None:
+def _on_grid(gguf: GGUF, changes: Iterable[Change]) -> frozenset[str]:
+    four = [change.tensor for change in changes if change.is_rounded and change.type in FOUR_BITS]
+    return frozenset(tensor.name for tensor in four if is_on_grid(gguf, tensor))
+
+
+def _larger_for_nothing(gguf: GGUF, wished: Mapping[str, int], overrides: Overrides) -> dict[str, int]:
+    """Q4_0 for what the mixture of that name would round to more bits, though Q4_0 keeps it exactly."""
+    tied = HEAD not in gguf.tensors
+    free = [t for t in gguf.tensors.values() if asked(t.name, tied, overrides) is None and wished[t.name] != t.type]
+    larger = [tensor for tensor in free if wished[tensor.name] != TensorType.Q4_0]
+    return {tensor.name: TensorType.Q4_0 for tensor in larger if is_on_grid(gguf, tensor)}
+
+
+def check_sources(tensors: Iterable[Tensor], allow_requantize: bool) -> None:
+    """That tensors can be rounded. Raises requantize, bad_quant_type."""
+    tensors = list(tensors)
     for tensor in tensors:
         if not tensor.readable:
             fault = f"{tensor.name} is {type_name(tensor.type)}, which gemma4q does not read: start from another file"
@@ -176,7 +222,7 @@ def _check_importance(tensor: Tensor, weights: np.ndarray | None) -> None:
         raise Gemma4qError("shape_mismatch", fault)
 
 
-def _target(path: Path, to: str | os.PathLike | None, mixture: Mixture) -> Path:
+def _target(path: Path, to: str | os.PathLike | None, label: str) -> Path:
     """The file to write: as given, or in a directory the model's name with another type."""
     to = path.parent if to is None else Path(to)
     if not to.is_dir():
@@ -184,4 +230,4 @@ def _target(path: Path, to: str | os.PathLike | None, mixture: Mixture) -> Path:
     stem = stem_of(path)
     base, dash, type = stem.rpartition("-")
     known = type.upper() in {*MIXTURES, *ALIASES}
-    return to / f"{base if dash and known else stem}-{mixture.name}.gguf"
+    return to / f"{base if dash and known else stem}-{label}.gguf"

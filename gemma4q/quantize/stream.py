@@ -6,7 +6,7 @@ written, so that no core waits for the last piece of a tensor; of none more than
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from ..gguf.pieces import ahead
 from ..gguf.reader import GGUF, Tensor
 from ..gguf.types import type_name
 from ..gguf.writer import TensorData
+from . import grid
 from .encode import Encoder
 
 PIECE = 1 << 19  # values rounded at once
@@ -49,8 +50,13 @@ class Stream:
         types: Mapping[str, int],
         importance: Importance | None,
         threads: int | None,
+        on_grid: Collection[str] = (),
     ):
-        """`threads`: None for one on each CPU we may run on. Raises no_native."""
+        """`threads`: None for one on each CPU we may run on; `on_grid`: names of those whose grid Q4_0 keeps.
+
+        Raises no_native.
+        """
+        self.on_grid = on_grid
         self.gguf, self.tensors, self.types, self.importance = gguf, tensors, types, importance
         count = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.encoders: SimpleQueue[Encoder] = SimpleQueue()
@@ -124,6 +130,8 @@ class Stream:
         values = encoder.decode(self._read(tensor, row * size, count * size), tensor.type).reshape(count, cols)
         try:
             data = encoder.encode(values, type, weights)
+            if tensor.name in self.on_grid:
+                grid.laid(data, values, tensor.type)
             sound = first_broken(data.reshape(-1), type) is None
         except Gemma4qError as error:
             sound = False

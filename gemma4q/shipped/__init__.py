@@ -1,7 +1,6 @@
 """What comes with the package: two small models, trained for this project, and conversations to measure with.
 
 Those of calibration weigh the columns of matrices, those of evaluation judge a quantised model; they share no text.
-
 Owns their names and where they lie; README.md beside them says what they are and what the models can do.
 """
 

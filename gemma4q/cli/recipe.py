@@ -1,0 +1,70 @@
+"""What `quantize --recipe` and `--target-size` ask, and what they say of what was chosen."""
+
+import time
+
+import click
+
+from ..errors import Gemma4qError
+from ..shipped import CALIBRATION
+from . import options
+from .terminal import columns, note, progress
+
+BUDGET = 20.0  # minutes
+
+recipes = options.together(
+    click.option(
+        "--recipe", type=click.Choice(["gemma"]), help="Choose types by what rounding does; TYPE says how large."
+    ),
+    click.option("--target-size", metavar="SIZE", help="The same for a file of this size, as 12GB; then without TYPE."),
+    click.option(
+        "--budget", type=click.FloatRange(min=0), metavar="MINUTES", default=BUDGET, show_default=True,
+        help="Time to measure trial models in; 0: go by the sums of errors alone.",
+    ),
+)  # fmt: skip
+
+
+def choose(plan, overrides, target: int | None, budget: float, again: bool, dry_run: bool, threads: int | None):
+    """The plan with types of the recipe's choice, and the `Allocation`.
+
+    A dry run measures nothing, and uses what was measured before.
+    """
+    from ..engine.threads import choose_threads
+    from ..measure.sensitivity import Divergence
+    from ..quantize.recipe import recipe
+
+    wanted, count = recipe(plan, overrides, target, again), choose_threads(threads).count
+    with progress("summing errors") as advance:
+        lost = wanted.errors(count, advance)
+    seconds, started = 0.0 if dry_run else 60 * budget, time.monotonic()
+    with progress("measuring") as advance:
+
+        def told(measured: int) -> None:
+            advance(min(time.monotonic() - started, seconds), seconds)
+
+        with Divergence(plan, CALIBRATION, seconds, threads, told) as measure:
+            try:
+                return wanted.choose(lost, measure)
+            except Gemma4qError as error:
+                if error.kind != "too_big":
+                    raise
+                remedy = "--budget 0 chooses without measuring"
+                raise Gemma4qError("too_big", f"a trial model beside the original: {error.message}; {remedy}") from None
+
+
+def described(found) -> dict:
+    """For JSON."""
+    points = [{"tensors": point.name, "proxy": point.proxy, "divergence": point.divergence} for point in found.points]
+    return {"recipe": "gemma", "proxy": found.harm, "measured": points, "rank_correlation": found.correlation}
+
+
+def say(found) -> None:
+    """What the choice stands on, on stderr."""
+    if not found.points:
+        note("types were chosen by the sums of errors alone: no trial model was measured")
+        return
+    rows = [("rounded alone", "tensors", "noise / energy", "KL divergence")]
+    most = sorted(found.points, key=lambda point: -point.divergence)
+    rows += [(p.name, len(p.tensors), f"{p.proxy:.3g}", f"{p.divergence:.3g}") for p in most]
+    note(columns(rows, right=(1, 2, 3)))
+    if found.correlation is not None:
+        note(f"rank correlation of the two over {len(found.points)} trial models: {found.correlation:.2f}")
