@@ -9,7 +9,7 @@ static const float K(gap_fp4)[14] = {4, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4};
 /* Starts were chosen by trial on normal, heavy-tailed and trained values: fine codes gain from many, since the error of
  * each is a fresh draw; low weights at the ends let more of the range be given up. */
 static const search_form K(forms)[TYPE_COUNT] = {
-    [TYPE_Q4_0] = {32, 1, 0, -8, 7, 1, 1, 0, NULL, NULL, {{0}, {48, -2, 0.25f}}},
+    [TYPE_Q4_0] = {32, 1, 0, -8, 7, 1, 1, 0, NULL, NULL, {{0}, {34, -2, 0.35f}}},
     [TYPE_Q5_0] = {32, 1, 0, -16, 15, 1, 1, 0, NULL, NULL, {{0}, {40, -3, 0.375f}}},
     [TYPE_Q8_0] = {32, 1, 0, -127, 127, 1, 1, 0, NULL, NULL, {{0}, {4, -10, 4}}},
     [TYPE_Q4_1] = {32, 1, ANY_SIGN, 0, 15, 1, 1, 0, NULL, NULL, {{0}, {12, -0.75f, 0.45f}}},
