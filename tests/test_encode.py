@@ -114,9 +114,10 @@ def test_importance_lowers_the_error_it_weighs_and_only_that(encoder, kind, data
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bytes(encoder, kind):
     x = np.concatenate(list(kinds_of_data().values()))
     for importance in (None, weights(x.shape[1])):
-        wanted = encoder.encode(x, kind, importance)
+        wanted, errors = encoder.encode(x, kind, importance), encoder.errors(x, kind, importance)
         for isa in ISAS:
             np.testing.assert_array_equal(Encoder(3, isa).encode(x, kind, importance), wanted)
+            np.testing.assert_array_equal(Encoder(1, isa).errors(x, kind, importance), errors)
         for rows in (1, 5):  # a row depends on no other
             np.testing.assert_array_equal(encoder.encode(x[:rows], kind, importance), wanted[:rows])
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = {
-    "address,undefined": ["tests/test_kernels.py", "tests/test_attend.py", "tests/test_native.py", "tests/test_amx.py"],
+    "address,undefined": [f"tests/test_{name}.py" for name in ("kernels", "attend", "native", "amx", "encode")],
     "thread": ["tests/test_native.py", "-k", "twins_bits or cancelled or share_a_process"],
 }
 # Python itself leaks; a fence or a cut file is meant to fault; races are looked for in our library alone.

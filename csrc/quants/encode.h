@@ -100,9 +100,9 @@ static INLINE void K(plain_block_q5_1)(const float x[32], block_q5_1 *b) {
     K(pack_nibbles)(q, b->qs);
     K(pack_fifths)(q, b->qh);
 }
-static INLINE float K(top_size)(const float x[32]) {
+static INLINE float K(top_size)(const float *x, int n) {
     int32_t top = 0;
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < n; i++) {
         const int32_t size = K(ordered)(fabsf(x[i]));
         top = size > top ? size : top;
     }
@@ -110,7 +110,7 @@ static INLINE float K(top_size)(const float x[32]) {
 }
 /* Halves are rounded away from zero. */
 static INLINE void K(plain_block_q8_0)(const float x[32], block_q8_0 *b) {
-    const float d = K(top_size)(x) / 127.0f, inverse = K(inverse)(d);
+    const float d = K(top_size)(x, 32) / 127.0f, inverse = K(inverse)(d);
     int32_t q[32];
     for (int i = 0; i < 32; i++) {
         const float size = fabsf(x[i]) * inverse;
@@ -140,7 +140,7 @@ static INLINE void K(codes_fp4)(const float x[32], float d, int32_t q[32]) {
     for (int i = 0; i < 32; i++) q[i] += x[i] < 0.0f && q[i] ? 8 : 0;
 }
 static INLINE void K(plain_block_mxfp4)(const float x[32], block_mxfp4 *b) {
-    const float top = K(top_size)(x);
+    const float top = K(top_size)(x, 32);
     b->e = top > 0.0f ? (uint8_t)((int32_t)floorf(log2f(top)) + 125) : 0; /* modulo 256, as in ggml, below 2^-125 */
     const uint32_t bits = K(e8m0)(b->e);
     float d;

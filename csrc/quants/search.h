@@ -117,14 +117,16 @@ static INLINE void K(refit)(const group_lanes *b, const search_form *f, const fi
         }
         return;
     }
+    const float most = f->minima == MULTIPLES ? 0.0f : INFINITY;
     EACH {
-        const float w = b->weight[i], r = s->r[i], rq = s->rq[i], q = s->q[i], qq = s->qq[i], det = w * qq - q * q;
-        const float inverse = det > 1e-6f * (w * qq) ? 1.0f / det : 0.0f, free = (qq * r - q * rq) * inverse;
-        const int32_t held = f->minima == MULTIPLES && fit->minimum[i] + free > 0.0f; /* at 0 */
-        const float up = held ? -fit->minimum[i] : free, alone = qq > 0.0f ? (rq - up * q) / qq : 0.0f;
-        const float more = held ? alone : (w * rq - q * r) * inverse;
+        const float w = b->weight[i], r = s->r[i], rq = s->rq[i], q = s->q[i], qq = s->qq[i];
+        const float all = w * qq, det = all - q * q, free = qq * r - q * rq, minimum = fit->minimum[i];
+        const int32_t held = free > (most - minimum) * det; /* at the most a minimum may be, the scale follows */
+        const float over = held ? qq : det, inverse = over > (held ? 0.0f : 1e-6f * all) ? 1.0f / over : 0.0f;
+        const float up = held ? most - minimum : free * inverse;
+        const float more = (held ? rq - up * q : w * rq - q * r) * inverse;
         next->scale[i] = fit->scale[i] + more;
-        next->minimum[i] = fit->minimum[i] + up;
+        next->minimum[i] = minimum + up;
         next->error[i] =
             fit->error[i] - 2.0f * (more * rq + up * r) + more * (more * qq + 2.0f * (up * q)) + up * up * w;
     }

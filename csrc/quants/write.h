@@ -9,31 +9,26 @@ static const float K(gap_fp4)[14] = {4, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4};
 /* Starts were chosen by trial on normal, heavy-tailed and trained values: fine codes gain from many, since the error of
  * each is a fresh draw; low weights at the ends let more of the range be given up. */
 static const search_form K(forms)[TYPE_COUNT] = {
-    [TYPE_Q4_0] = {32, 1, 0, -8, 7, 1, 1, 0, NULL, NULL, {{0}, {48, -2, 0.25f}}},
+    [TYPE_Q4_0] = {32, 1, 0, -8, 7, 1, 1, 0, NULL, NULL, {{0}, {34, -2, 0.35f}}},
     [TYPE_Q5_0] = {32, 1, 0, -16, 15, 1, 1, 0, NULL, NULL, {{0}, {40, -3, 0.375f}}},
-    [TYPE_Q8_0] = {32, 1, 0, -127, 127, 1, 1, 0, NULL, NULL, {{0}, {32, -12, 1.5f}}},
+    [TYPE_Q8_0] = {32, 1, 0, -127, 127, 1, 1, 0, NULL, NULL, {{0}, {4, -10, 4}}},
     [TYPE_Q4_1] = {32, 1, ANY_SIGN, 0, 15, 1, 1, 0, NULL, NULL, {{0}, {12, -0.75f, 0.45f}}},
     [TYPE_Q5_1] = {32, 1, ANY_SIGN, 0, 31, 1, 1, 0, NULL, NULL, {{0}, {12, -1.8f, 0.6f}}},
     [TYPE_MXFP4] = {32, 1, 0, -12, 12, 1, 1, 14, K(above_fp4), K(gap_fp4), {{0}, {0}}},
     [TYPE_IQ4_NL] = {32, 1, 0, -127, 113, 1, 1, 15, K(above_iq4), K(gap_iq4), {{17, -24, 3}, {30, -24, 4}}},
     [TYPE_IQ4_XS] = {32, 8, 0, -127, 113, -32, 31, 15, K(above_iq4), K(gap_iq4), {{17, -24, 3}, {30, -24, 4}}},
     [TYPE_Q2_K] = {16, 16, MULTIPLES, 0, 3, 0, 15, 0, NULL, NULL, {{5, -0.6f, 0.3f}, {8, -0.6f, 0.3f}}},
-    [TYPE_Q3_K] = {16, 16, 0, -4, 3, -32, 31, 0, NULL, NULL, {{9, -1.2f, 0.3f}, {32, -1.2f, 0.3f}}},
+    [TYPE_Q3_K] = {16, 16, 0, -4, 3, -32, 31, 0, NULL, NULL, {{5, -1, 0.4f}, {32, -1.2f, 0.3f}}},
     [TYPE_Q4_K] = {32, 8, MULTIPLES, 0, 15, 0, 63, 0, NULL, NULL, {{7, -0.9f, 0.3f}, {12, -0.75f, 0.45f}}},
     [TYPE_Q5_K] = {32, 8, MULTIPLES, 0, 31, 0, 63, 0, NULL, NULL, {{8, -1.8f, 0.4f}, {12, -1.8f, 0.6f}}},
     [TYPE_Q6_K] = {16, 16, 0, -32, 31, -128, 127, 0, NULL, NULL, {{16, -8, 0.6f}, {20, -8, 1}}},
 };
 
-static INLINE float K(top_of)(const float *x, int n) {
-    float top = 0.0f;
-    for (int i = 0; i < n; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
-    return top;
-}
 /* One block's groups from lane `first` on. Importance is of the block's most, and never nothing, so that what has none is
  * kept where that costs nothing. */
 static void K(lay)(const search_form *f, const float *x, const float *importance, int first, group_lanes *b) {
     const int size = f->values * f->groups;
-    float unit = K(top_of)(x, size), most = importance ? K(top_of)(importance, size) : 0.0f;
+    float unit = K(top_size)(x, size), most = importance ? K(top_size)(importance, size) : 0.0f;
     uint32_t bits;
     __builtin_memcpy(&bits, &unit, 4);
     bits = bits < 0x00800000 ? 0x00800000 : bits & 0x7f800000; /* its power of two, a normal one */
