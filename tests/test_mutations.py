@@ -164,7 +164,7 @@ MORE_SLIPS = [
     Slip("kernels/logits.h", "id < ids[at - 1]", "id > ids[at - 1]", "test_native.py::stable_sort and 65"),
     Slip("kernels/unpack.h", "K(cut)(third, 4 * h + g, ONES, 2)", "K(cut)(third, 4 * h + g, ONES, 1)",
          "test_kernels.py::every_width and Q3_K"),
-    Slip("kernels/matmul.h", "a->minus_sum - a->minus_half", "a->minus_sum", "test_kernels.py::every_width and Q6_K"),
+    Slip("kernels/unpack.h", "a->minus_sum - a->minus_half", "a->minus_sum", "test_kernels.py::every_width and Q6_K"),
     Slip("memory.c", "if (r->used[i] < r->used[slot])", "if (r->used[i] > r->used[slot])",
          "test_native.py::small_cache"),
     Slip("exec.c", "s->barrier[i] = 1;", "s->barrier[i] = 0;",
