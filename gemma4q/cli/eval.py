@@ -15,6 +15,7 @@ from .terminal import Waiting, human_bytes, note, progress, warn
 
 SHIPPED = "gemma4q/evaluation.jsonl"
 CHUNK = 512  # tokens, with --raw
+CUT_OFF = "llama-perplexity cuts off 16 nats below the likeliest token: the base's perplexity is read too low"
 RAW_MEANS_LITTLE = "this is plain text: its perplexity says little of a model that was tuned on conversations"
 EXAMPLES = """
 \b
@@ -123,6 +124,8 @@ def _measured(model: str, hashed: bool, **given) -> tuple:
         context = max(len(passages[number].ids) for number in numbers)
         memory = evaluate.check_memory(paths, [each.memory_plan(context) for each in opened], one.plan.vocab)
         _say(scored, left_out, most, memory)
+        if base and base.known_above is not None:
+            warn(CUT_OFF)
         if given["save_logits"]:
             header = logits_file.Header(scored, sides[0], [passages[number] for number in numbers])
             size = f"{header.rows:,} tokens x {header.vocab:,} in 16 bits"
@@ -145,8 +148,6 @@ def _passages(one, files, raw: bool, all_tokens: bool, context: int | None, **_)
             raise Gemma4qError("bad_option", f"context: {size:,} tokens; {limits}")
         return texts.plain([Path(file) for file in files], one.tokenizer, size), texts.RAW
     found = [talk for file in files or (EVALUATION,) for talk in texts.conversations(Path(file))]
-    if "tokenizer.chat_template" not in one.gguf.metadata:
-        warn("this file has no chat template, so it may know no conversations: --raw -f FILE scores plain text")
     try:
         passages = texts.passages(found, one.tokenizer, one.flavour, all_tokens)
     except Gemma4qError as error:
@@ -154,6 +155,8 @@ def _passages(one, files, raw: bool, all_tokens: bool, context: int | None, **_)
             raise
         fault = f"this model cannot chat ({error.message}): --raw -f FILE scores plain text"
         raise Gemma4qError("missing_key", fault) from None
+    if "tokenizer.chat_template" not in one.gguf.metadata:
+        warn("this file has no chat template, so it may know no conversations: --raw -f FILE scores plain text")
     return passages, texts.ALL if all_tokens else texts.TURNS
 
 
