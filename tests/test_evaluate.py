@@ -215,7 +215,8 @@ def test_tables_say_what_json_says(room):
         assert re.search(rf"^ {kind} .* {found['divergence']['value']:.6f} ± ", text, re.MULTILINE)
         assert re.search(rf"^ {kind} .* {100 * found['same_top']['value']:.2f} ± ", text, re.MULTILINE)
     assert re.search(r"^ all +20 ", text, re.MULTILINE) and re.search(r"^ 128 … 255 ", text, re.MULTILINE)
-    assert "gemma4q tiny Q4_0 beside gemma4q tiny F32: the model's turns" in text and "95 % interval over texts" in text
+    assert "\nmodel:  gemma4q tiny Q4_0 beside gemma4q tiny F32\nscored: the model's turns, of " in text
+    assert "95 % interval over texts" in text
     assert max(len(line) for line in text.splitlines() if line.startswith(" ")) < 100
 
 

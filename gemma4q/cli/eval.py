@@ -204,11 +204,10 @@ def _tables(document: dict) -> None:
     if compared:
         _table(shown.choice("kind"), kinds)
     _table(shown.brief("position") if compared else shown.alone("position"), depths)
-    click.echo(f"{_title(document)}: {document['scored']}, of {', '.join(document['files'])}")
+    click.echo(f"model:  {_title(document)}")
+    click.echo(f"scored: {document['scored']}, of {', '.join(document['files'])}")
     if compared:
-        click.echo(
-            "KL divergence from the base to the model, nats a token; Δp: change of the right token's probability"
-        )
+        click.echo("KL divergence from base to model, nats a token; Δp: change of the right token's probability")
     click.echo("±: half of a 95 % interval over texts, as the tokens of one text depend on each other")
 
 

@@ -25,7 +25,7 @@ def choice(first: str) -> list[Column]:
         Column("Δp, %", lambda row: spread(row["delta_p"], 3, 100)),
         Column("its rms, %", lambda row: spread(row["delta_p"]["rms"], 2, 100)),
         Column("perplexity", lambda row: spread(row["perplexity"], 3)),
-        Column("by the base's", lambda row: spread(row["perplexity_ratio"], 4)),
+        Column("ratio to base's", lambda row: spread(row["perplexity_ratio"], 4)),
     ]
 
 
