@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -251,12 +252,19 @@ def test_room_is_asked_for_before_anything_is_computed(tmp_path, monkeypatch):
     assert unwritten(tmp_path / "x.logits") == f"no_space: {tmp_path} has 1,024 bytes free; {size:,} are needed"
 
 
-def test_a_disk_that_fills_up_meanwhile_is_said(tmp_path, monkeypatch):
-    def full(keep) -> None:
-        keep(rows()[:5])
-        raise OSError(28, "No space left on device")
+def test_a_disk_that_fills_up_meanwhile_is_said_and_nothing_is_left_on_it(tmp_path):
+    """No file may grow beyond 1,000 bytes meanwhile, so that neither writing nor closing succeeds."""
 
-    assert unwritten(tmp_path / "x.logits", full) == f"no_space: {tmp_path / 'x.logits'}: No space left on device"
+    def full(keep) -> None:
+        for _ in range(2000):  # more than a buffer
+            keep(rows()[:1])
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert unwritten(tmp_path / "x.logits", full) == f"no_space: {tmp_path / 'x.logits'}: File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_file_comes_when_it_is_whole_and_an_older_one_stays_until_then(tmp_path):

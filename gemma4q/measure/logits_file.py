@@ -12,7 +12,7 @@ probabilities add up to 1. Files that llama-perplexity --kl-divergence-base wrot
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from os import fsync
@@ -130,8 +130,9 @@ def writing(path: Path, header: Header) -> Iterator[Callable[[np.ndarray], None]
         raise explained(error, path) from None
     finally:
         if out is not None:
-            out.close()
             part.unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk does not take what is in the buffer either
+                out.close()
 
 
 class Stored:
