@@ -26,8 +26,6 @@ from gemma4q.quantize.quantize import planned, rewritten
 from gemma4q.shipped import shipped
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import tiny_hf
 
 GOLDEN = Path(__file__).parent / "data/golden"

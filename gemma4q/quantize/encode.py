@@ -16,6 +16,11 @@ from ..gguf.quants import dequantize, quantize
 FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
+def cpus() -> int:
+    """On how many CPUs we may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Encoder:
     """A pool of threads that quantises; calls from several threads of Python take turns.
 
@@ -27,7 +32,7 @@ class Encoder:
         if missing:
             raise Gemma4qError("no_native", f"{missing}: quantising needs them, install gemma4q where a C compiler is")
         if threads is None:
-            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            threads = cpus()
         pool = lib.pool_new(threads)
         if not pool:
             raise Gemma4qError("bad_option", f"{threads} threads could not be started")

@@ -5,7 +5,6 @@ written, so that no core waits for the last piece of a tensor; of none more than
 """
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +22,7 @@ from ..gguf.reader import GGUF, Tensor
 from ..gguf.types import type_name
 from ..gguf.writer import TensorData
 from . import grid
-from .encode import Encoder
+from .encode import Encoder, cpus
 
 PIECE = 1 << 19  # values rounded at once
 COPIED = 4 << 20  # bytes of a tensor that stays as it is
@@ -58,7 +57,7 @@ class Stream:
         """
         self.on_grid = on_grid
         self.gguf, self.tensors, self.types, self.importance = gguf, tensors, types, importance
-        count = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        count = threads or cpus()
         self.encoders: SimpleQueue[Encoder] = SimpleQueue()
         for _ in range(count):
             self.encoders.put(Encoder(1))
