@@ -6,7 +6,6 @@ tools/convert_oracle.py makes it anew.
 
 import json
 import lzma
-import os
 import re
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vocab
+from terminal import GEMMA4Q
 
 import gemma4q
 from gemma4q.abi import TensorType
@@ -41,10 +41,7 @@ KEPT = {"e2b-assistant": {"masked_embd_centroids.weight", "masked_embd_ordering"
 JOBS = [convert_oracle.job_name(*job) for job in convert_oracle.JOBS]
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +297,7 @@ def resident(shape: shapes.Shape, tmp_path: Path, outtype: str) -> tuple[int, in
 
     folder = tiny_hf.sparse(shape, tmp_path / "hf")
     out = tmp_path / "out.gguf"
-    command = [sys.executable, "-m", "gemma4q", "convert", str(folder), "-o", str(out), "--outtype", outtype]
+    command = [*GEMMA4Q, "convert", str(folder), "-o", str(out), "--outtype", outtype]
     process, most = subprocess.Popen(command), 0
     while process.poll() is None:
         try:

@@ -14,6 +14,7 @@ import pytest
 from hf_folders import INDEX, UP, WEIGHTS, edit_json, header_of, refused, write_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from terminal import GEMMA4Q
 
 from gemma4q import Gemma4qError
 from gemma4q.convert.convert import planned
@@ -21,11 +22,7 @@ from gemma4q.convert.convert import planned
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import tiny_hf
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture
@@ -288,7 +285,7 @@ def run(*arguments: object, limit: int | None = None) -> subprocess.CompletedPro
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    command = [sys.executable, "-m", "gemma4q", *map(str, arguments)]
+    command = [*GEMMA4Q, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
 
 

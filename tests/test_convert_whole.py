@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from terminal import GEMMA4Q
 
 from gemma4q import Gemma4qError
 from gemma4q.convert.convert import planned
@@ -20,11 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import shapes
 import tiny_hf
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +134,7 @@ def large(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_command_leaves_no_file(large, tmp_path, number):
     out = tmp_path / "out.gguf"
-    command = [sys.executable, "-m", "gemma4q", "convert", str(large), "-o", str(out), "--outtype", "q8_0"]
+    command = [*GEMMA4Q, "convert", str(large), "-o", str(out), "--outtype", "q8_0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     part, deadline = out.with_name("out.gguf.part"), time.monotonic() + 60
     while time.monotonic() < deadline and not (part.exists() and part.stat().st_size > 1 << 20):

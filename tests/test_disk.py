@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import GOLDEN, Model, Runner, same, step
+from terminal import GEMMA4Q
 from vocab import gemma_vocabulary
 
 from gemma4q.abi import lib
@@ -116,7 +117,7 @@ def test_a_cold_start_reads_the_weights_of_its_plan_once_and_little_else(tmp_pat
     synth.synthesize(synth.SHAPES[name], "q4_0", path, gemma_vocabulary())
     planned = sum(entry.bytes for entry in Prepared(path).memory.entries if entry.name == WEIGHTS)
     drop(path)
-    given = [sys.executable, "-m", "gemma4q", "run", path, "-n", "1", "Hi"]
+    given = [*GEMMA4Q, "run", path, "-n", "1", "Hi"]
     child = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     io = dict(line.split(": ") for line in Path(f"/proc/{child.pid}/io").read_text().splitlines())

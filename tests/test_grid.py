@@ -1,7 +1,6 @@
 """Weights that were trained on Q4_0's grid keep it: found whatever stores them, exact, and nothing else is touched."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +31,7 @@ TRAINED = Path(__file__).parent / "data/trained"
 FLOATS = (T.F32, T.F16, T.BF16)
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def on_grid(x: np.ndarray, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:

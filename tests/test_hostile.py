@@ -3,7 +3,6 @@
 import os
 import stat
 import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile import CASES, Case
+from terminal import GEMMA4Q
 from tiny import tiny
 
 from gemma4q.errors import Gemma4qError
@@ -160,7 +160,7 @@ class TestWhatChangesUnderneath:
 
 
 def fate(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "-m", "gemma4q", *map(str, arguments)]
+    command = [*GEMMA4Q, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from gemma4q.errors import Gemma4qError
-from gemma4q.measure import logits_file
 from gemma4q.measure.divergence import compare
 from gemma4q.measure.logits_file import MAGIC, NEVER, Header, decoded, encoded, open_base, writing
 from gemma4q.measure.texts import Passage
@@ -23,10 +22,7 @@ MODEL = {"name": "toy", "type": "F32", "sha256": "ab" * 32, "vocabulary": "cd" *
 START = len(MAGIC) + 12  # of the header's JSON
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
-    monkeypatch.setattr(logits_file, "fsync", lambda fileno: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def passages() -> list[Passage]:

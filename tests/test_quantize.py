@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf as gguf_py
 import numpy as np
 import pytest
-from quantized import contents, copied, in_halves, measured, refused, written
+from quantized import contents, copied, measured, refused, written
 from tiny import tiny
 
 from gemma4q import Gemma4qError
@@ -33,15 +33,7 @@ SPREAD = {"Q2_K": 0.12, "Q3_K": 0.035, "MXFP4": 0.02, "IQ4_XS": 0.015, "IQ4_NL":
 PLAIN = [name for name in MIXTURES if name not in ("COPY",)]
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
-
-
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory) -> Path:
-    return in_halves(tmp_path_factory.mktemp("halves"))
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 # -- The bytes -------------------------------------------------------------------------------------------------

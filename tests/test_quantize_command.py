@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from quantized import in_halves, measured, written
+from quantized import measured, written
+from terminal import GEMMA4Q
 
 from gemma4q.abi import TensorType as T
 from gemma4q.cli import cli
@@ -26,16 +27,7 @@ import mixtures_oracle as oracle
 import shapes
 import tiny_hf
 
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
-
-
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory) -> Path:
-    return in_halves(tmp_path_factory.mktemp("halves"))
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 # -- The command -----------------------------------------------------------------------------------------------
@@ -158,7 +150,7 @@ def sparse(path: Path, shape: shapes.Shape, matrices: T) -> Path:
 
 def command(*arguments: object, limit: int | None = None) -> subprocess.Popen:
     bound = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-    line = [sys.executable, "-m", "gemma4q", "quantize", *map(str, arguments)]
+    line = [*GEMMA4Q, "quantize", *map(str, arguments)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=bound)
 
 
@@ -208,7 +200,7 @@ print(most * 1024, size, plan.nbytes)
 
 def memory(path: Path, name: str) -> tuple[int, int, int]:
     """Most bytes of RssAnon while a file is quantised to nowhere, bytes of tensors, and of the file to be."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, path, name], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", MEMORY, path, name], capture_output=True, text=True, check=True)
     most, size, total = map(int, done.stdout.split())
     return most, size, total
 

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from terminal import GEMMA4Q
 from tiny import tiny
 
 from gemma4q import Gemma4qError
@@ -19,10 +19,7 @@ from gemma4q.model import open_model
 GOLDEN = Path(__file__).parent / "data/golden"
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture
@@ -138,7 +135,7 @@ def test_a_failure_leaves_no_part(model, tmp_path, monkeypatch):
 
 def test_the_commands_split_and_merge(model, tmp_path):
     def run(*arguments: object) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "gemma4q", *map(str, arguments)], capture_output=True, text=True)
+        return subprocess.run([*GEMMA4Q, *map(str, arguments)], capture_output=True, text=True)
 
     done = run("split", model, tmp_path / "p", "--max-part-size", "300K", "--json")
     parts = [Path(file["path"]) for file in json.loads(done.stdout)["files"]]

@@ -10,12 +10,12 @@ probabilities add up to 1. Files that llama-perplexity --kl-divergence-base wrot
 """
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from os import fsync
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -124,7 +124,7 @@ def writing(path: Path, header: Header) -> Iterator[Callable[[np.ndarray], None]
         yield take
         assert count == header.rows, f"{count} rows came of {header.rows}"
         out.flush()
-        fsync(out.fileno())
+        os.fsync(out.fileno())
         appear([path], [part])
     except OSError as error:
         raise explained(error, path) from None
