@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,13 @@ from gemma4q.gguf.quants import dequantize
 from gemma4q.gguf.reader import open_gguf
 from gemma4q.measure.sensitivity import Divergence
 from gemma4q.model import open_model
-from gemma4q.quantize import allocate as room
-from gemma4q.quantize.allocate import Allocation, Option, Point, allocate, choose, errors, free, hull, part, sample
+from gemma4q.quantize import noise
+from gemma4q.quantize.allocate import OF_TENSOR, OF_TYPE, Point, allocate, correlation, foretold, part
+from gemma4q.quantize.choose import Option, choose, hull
 from gemma4q.quantize.encode import Encoder
+from gemma4q.quantize.grid import Grid
 from gemma4q.quantize.mixtures import mixture
+from gemma4q.quantize.noise import errors, free, sample, size_of
 from gemma4q.quantize.overrides import Overrides, pattern
 from gemma4q.quantize.quantize import planned
 from gemma4q.quantize.recipe import recipe, size
@@ -28,9 +30,7 @@ OLD = (T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0)  # enough to choose among, and qu
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch) -> None:
-    """Nothing waits for the disk; that files are flushed before they are renamed is tested by itself."""
-    monkeypatch.setattr(os, "fsync", lambda fileno: None)
+def quick(quick_disk, monkeypatch) -> None:
     monkeypatch.setattr("gemma4q.measure.sensitivity.TOKENS", 200)
 
 
@@ -44,7 +44,7 @@ def half(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def lost(half) -> dict[str, dict[int, float]]:
     gguf = open_gguf(half)
-    return errors(gguf, free(gguf.tensors, {}), None, 2, OLD)
+    return errors(gguf, Grid(gguf), free(gguf.tensors, {}), None, 2, OLD)
 
 
 # -- The choice ------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_a_sample_is_whole_rows_of_single_matrices_from_end_to_end(shape):
     rows = np.prod(shape[:-1])
     for at, count in pieces:
         assert at >= 0 and at + count <= rows and at // shape[-2] == (at + count - 1) // shape[-2] and count > 0
-    assert sum(count for _, count in pieces) * shape[-1] <= max(room.SAMPLE, room.SPOTS * shape[-1], 3 * 64)
+    assert sum(count for _, count in pieces) * shape[-1] <= max(noise.SAMPLE, noise.SPOTS * shape[-1], 3 * 64)
     assert pieces[0][0] == 0 and pieces[-1][0] + pieces[-1][1] >= rows - shape[-2]
 
 
@@ -146,12 +146,69 @@ def test_without_time_to_measure_the_errors_alone_decide(half, lost):
     assert allocate(tensors, lost, {}, budget, lambda types: None).types == allocate(tensors, lost, {}, budget).types
 
 
+def test_a_choice_gets_as_good_as_if_every_harm_were_known(half, lost):
+    """Harms add up, and noise says little of them: beside the choice of one who knows them all."""
+    tensors, random = open_gguf(half).tensors, np.random.default_rng(4)
+    budget = int(0.36 * sum(t.nbytes for t in tensors.values()))
+    factors = {name: float(np.exp(random.normal(0, 1))) for name in lost}
+    true = {n: {type: factors[n] * e for type, e in types.items()} for n, types in lost.items()}
+
+    def measure(types):
+        return sum(true[n][type] for n, type in types.items() if type != tensors[n].type)
+
+    def harm(found) -> float:
+        return sum(true[name][found.types[name]] for name in lost)
+
+    known, blind, found = (allocate(tensors, *given) for given in (
+        (true, {}, budget), (lost, {}, budget), (lost, {}, budget, measure)
+    ))  # fmt: skip
+    assert harm(known) < 0.8 * harm(blind) and harm(found) < harm(known) + 0.05 * (harm(blind) - harm(known))
+    assert found.of_foretold > found.of_noise and found.nbytes <= budget
+
+
+def test_another_ones_choice_stays_where_it_is_measured_to_be_best(half, lost):
+    tensors = open_gguf(half).tensors
+    budget = int(0.36 * sum(t.nbytes for t in tensors.values()))
+    theirs = {name: min(types, key=lambda type: size_of(tensors[name], type)) for name, types in lost.items()}
+    theirs = {name: type for name, type in theirs.items() if len(lost[name]) > 1}
+    left = {name: tensor.type for name, tensor in tensors.items()}
+
+    def measure(types):
+        return 0.001 if types == left | theirs else 1.0
+
+    found = allocate(tensors, lost, {}, budget, measure, {"theirs": theirs})
+    assert {name: found.types[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_harms_are_foretold_as_conditioning_all_factors_at_once_does(seed):
+    """The oracle holds the covariance of every tensor's and type's factor, and conditions it on the divergences."""
+    random = np.random.default_rng(seed)
+    names, kinds = [f"blk.{n}.ffn_up.weight" for n in range(6)], (T.Q4_0, T.Q5_0, T.Q8_0)
+    lost = {name: {type: float(random.uniform(0.1, 1)) for type in kinds} for name in names}
+    weight = {name: float(random.uniform(0.5, 2)) for name in names}
+    points = []
+    for _ in range(4):
+        types = {name: kinds[random.integers(3)] for name in names if random.random() < 0.7}
+        points.append(Point("", types, 0.0, float(random.uniform(0.5, 1.5)) * len(types)))
+    pairs = [(name, type) for name in names for type in kinds]
+    thought = np.array([weight[n] * lost[n][t] for n, t in pairs])
+    factors = np.array(
+        [[OF_TENSOR**2 * (a == b) + OF_TYPE**2 * ((a, s) == (b, t)) for b, t in pairs] for a, s in pairs]
+    )
+    covariance = factors * np.outer(thought, thought)
+    seen = np.array([[point.types.get(name) == type for name, type in pairs] for point in points], float)
+    measured = np.array([point.divergence for point in points])
+    gain = covariance @ seen.T @ np.linalg.inv(seen @ covariance @ seen.T + np.diag((0.03 * measured) ** 2))
+    wanted = np.maximum(thought + gain @ (measured - seen @ thought), 0.1 * thought)
+    found = foretold(lost, weight, points)
+    assert [found[n][t] for n, t in pairs] == pytest.approx(wanted.tolist(), rel=1e-9)
+
+
 def test_rank_correlation_is_spearmans():
-    points = [Point("", (), float(a), float(b)) for a, b in zip([1, 2, 3, 4, 5], [5, 6, 7, 8, 7], strict=True)]
-    assert Allocation({}, 0, 0.0, points).correlation == pytest.approx(
-        0.8207826817
-    )  # 1 pair of equals: Pearson of ranks
-    assert Allocation({}, 0, 0.0, points[:2]).correlation is None
+    pairs = list(zip([1, 2, 3, 4, 5], [5, 6, 7, 8, 7], strict=True))
+    assert correlation(pairs) == pytest.approx(0.8207826817)  # 1 pair of equals: Pearson of ranks
+    assert correlation(pairs[:2]) is None and correlation([(1, 2), (1, 3), (1, 4)]) is None
 
 
 def test_a_trial_is_measured_once_kept_and_taken_away(half, tmp_path):
@@ -231,9 +288,10 @@ def test_a_file_of_a_size_is_no_larger_and_hardly_smaller(half, tmp_path, run, t
 def test_what_was_measured_is_said_and_a_dry_run_uses_it(half, tmp_path, run, monkeypatch):
     monkeypatch.setattr("gemma4q.quantize.allocate.MOST_MEASURED", 4)
     first = run(half, tmp_path / "q.gguf", "Q5_1", "--recipe", "gemma", "--json")
-    assert first[0] == 0 and "rank correlation of the two over 4 trial models" in first[2]
+    assert first[0] == 0 and "rank correlation of noise with KL divergence: " in first[2]
     found = json.loads(first[1])
-    assert len(found["measured"]) == 4 and -1 <= found["rank_correlation"] <= 1 and found["type"] == "Q5_1-gemma"
+    assert len(found["measured"]) == 4 and found["type"] == "Q5_1-gemma"
+    assert -1 <= found["rank_correlation"]["noise"] <= 1 and found["rank_correlation"]["foretold"] is None
     again = json.loads(run(half, tmp_path / "q.gguf", "Q5_1", "--recipe", "gemma", "--json", "--dry-run")[1])
     assert again["tensors"] == found["tensors"] and again["measured"] == found["measured"]
 

@@ -74,7 +74,7 @@ def quantize(
     model: str, words: tuple[str, ...], imatrix: str | None, include_weights: tuple[str, ...],
     exclude_weights: tuple[str, ...], allow_requantize: bool, settings: tuple[str, ...], keep_split: bool,
     dry_run: bool, threads: int | None, as_json: bool, recipe: str | None, target_size: str | None, budget: float,
-    **wishes,
+    texts: Path | None, **wishes,
 ) -> None:  # fmt: skip
     """Write a model file in smaller tensor types: a type for all, or a mixture under llama.cpp's name.
 
@@ -99,7 +99,7 @@ def quantize(
     _check_imatrix(imatrix, plan)
     found = None
     if recipe or target_size:
-        plan, found = choosing.choose(plan, overrides, target, budget, allow_requantize, dry_run, threads)
+        plan, found = choosing.choose(plan, overrides, target, budget, texts, allow_requantize, dry_run, threads)
     if not dry_run:
         with progress("quantizing") as advance:
             plan.write(advance, choose_threads(threads).count)

@@ -1,6 +1,7 @@
 """What `quantize --recipe` and `--target-size` ask, and what they say of what was chosen."""
 
 import time
+from pathlib import Path
 
 import click
 
@@ -20,10 +21,23 @@ recipes = options.together(
         "--budget", type=click.FloatRange(min=0), metavar="MINUTES", default=BUDGET, show_default=True,
         help="Time to measure trial models in; 0: go by the sums of errors alone.",
     ),
+    click.option(
+        "--texts", type=click.Path(path_type=Path), metavar="FILE",
+        help="Conversations to measure them with, a JSON object a line; default: those that ship.",
+    ),
 )  # fmt: skip
 
 
-def choose(plan, overrides, target: int | None, budget: float, again: bool, dry_run: bool, threads: int | None):
+def choose(
+    plan,
+    overrides,
+    target: int | None,
+    budget: float,
+    texts: Path | None,
+    again: bool,
+    dry_run: bool,
+    threads: int | None,
+):
     """The plan with types of the recipe's choice, and the `Allocation`.
 
     A dry run measures nothing, and uses what was measured before.
@@ -41,7 +55,7 @@ def choose(plan, overrides, target: int | None, budget: float, again: bool, dry_
         def told(measured: int) -> None:
             advance(min(time.monotonic() - started, seconds), seconds)
 
-        with Divergence(plan, CALIBRATION, seconds, threads, told) as measure:
+        with Divergence(plan, texts or CALIBRATION, seconds, threads, told) as measure:
             try:
                 return wanted.choose(lost, measure)
             except Gemma4qError as error:
@@ -53,8 +67,18 @@ def choose(plan, overrides, target: int | None, budget: float, again: bool, dry_
 
 def described(found) -> dict:
     """For JSON."""
-    points = [{"tensors": point.name, "proxy": point.proxy, "divergence": point.divergence} for point in found.points]
-    return {"recipe": "gemma", "proxy": found.harm, "measured": points, "rank_correlation": found.correlation}
+    points = [
+        {
+            "rounded": p.name,
+            "tensors": len(p.types),
+            "noise": p.noise,
+            "foretold": p.foretold,
+            "divergence": p.divergence,
+        }
+        for p in found.points
+    ]  # fmt: skip
+    ranks = {"noise": found.of_noise, "foretold": found.of_foretold}
+    return {"recipe": "gemma", "harm": found.harm, "measured": points, "rank_correlation": ranks}
 
 
 def say(found) -> None:
@@ -62,9 +86,14 @@ def say(found) -> None:
     if not found.points:
         note("types were chosen by the sums of errors alone: no trial model was measured")
         return
-    rows = [("rounded alone", "tensors", "noise / energy", "KL divergence")]
-    most = sorted(found.points, key=lambda point: -point.divergence)
-    rows += [(p.name, len(p.tensors), f"{p.proxy:.3g}", f"{p.divergence:.3g}") for p in most]
-    note(columns(rows, right=(1, 2, 3)))
-    if found.correlation is not None:
-        note(f"rank correlation of the two over {len(found.points)} trial models: {found.correlation:.2f}")
+    rows = [("rounded", "tensors", "noise / energy", "foretold", "KL divergence")]
+    most = sorted(found.points, key=lambda point: (-len(point.types), -point.divergence))
+    rows += [(p.name, len(p.types), *map(_short, (p.noise, p.foretold, p.divergence))) for p in most]
+    note(columns(rows, right=(1, 2, 3, 4)))
+    for what, rank in (("noise", found.of_noise), ("what was foretold", found.of_foretold)):
+        if rank is not None:
+            note(f"rank correlation of {what} with KL divergence: {rank:.2f}")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

@@ -1,66 +1,48 @@
 """Types chosen tensor by tensor: the least harm that a number of bytes allows.
 
-Harm of a tensor in a type: the share of its output's energy that rounding turns into noise, times how much its group of
-tensors matters. The first is worked out from a sample of rows; the second, where somebody can measure a whole model, is
-Kullback-Leibler divergence over noise of models of which one group alone is rounded, else 1 for all. What is chosen
-depends on nothing but the model, the importance, and what was measured.
+Harm of a tensor in a type is `noise`, where nothing else is known. Where somebody can measure a whole model, it is what
+the model's Kullback-Leibler divergence says of it: of models of which one part alone is rounded, of halves of parts,
+and of models with what was the best choice so far. What is chosen depends on nothing but the model, the importance, and
+what was measured.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from math import gcd, prod
+from math import prod
 
 import numpy as np
 
-from ..abi import BLOCKS, TensorType, row_bytes
 from ..errors import Gemma4qError
-from ..gguf.pieces import ahead
-from ..gguf.reader import GGUF, Tensor
-from .encode import Encoder
-from .grid import is_on_grid
-from .mixtures import is_rounded
-from .stream import Importance
+from ..gguf.reader import Tensor
+from .choose import Option, choose
+from .noise import Errors, size_of
 
-T = TensorType
-CANDIDATES = tuple(t for t in BLOCKS if BLOCKS[t][0] > 1)
-SURE = ("inp_gate.weight", "proj.weight")  # per-layer projections: small, and every layer's noise goes through them
-SURE_TYPE = T.Q8_0
-SAMPLE, SPOTS = 1 << 18, 16  # values of a tensor that are rounded to see what is lost; in rows at so many places
-MOST_MEASURED = 48  # models
-MOST_EXCHANGES = 200
-UNITS = 1 << 14  # that room is counted in
+MOST_MEASURED = 200  # models
+# How wide the factors are by which the harm of a tensor is off, in all types and in one; and what a divergence is.
+OF_TENSOR, OF_TYPE, MEASURED = 0.5, 0.3, 0.03
+LEAST = 0.1  # of what a harm was thought to be
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)\.weight")
 
-Progress = Callable[[int, int], None]
-Measure = Callable[[Mapping[str, int]], float | None]  # types of all tensors -> divergence; None: no time is left
-Errors = Mapping[str, Mapping[int, float]]  # by tensor and type: noise over energy
-
-
-@dataclass(frozen=True)
-class Option:
-    """A type that a tensor may get, the bytes it then has, and its harm."""
-
-    type: int
-    nbytes: int
-    harm: float
+Types = Mapping[str, int]
+Measure = Callable[[Types], float | None]  # types of all tensors -> divergence; None: no time is left
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: tensors that were rounded, the proxy's word for the harm, and the divergence in nats."""
+    """One measurement: which tensors were rounded, to what types; sum of their noise; the divergence in nats, and what
+    was foretold of it; None: nothing was known yet."""
 
     name: str
-    tensors: tuple[str, ...]
-    proxy: float
+    types: Types
+    noise: float
     divergence: float
+    foretold: float | None = None
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """types: of every tensor; nbytes: of all of them; harm: what the proxy says; points: what was measured."""
+    """types: of every tensor; nbytes: of all of them; harm: what it is thought to be; points: what was measured."""
 
     types: dict[str, int]
     nbytes: int
@@ -68,148 +50,172 @@ class Allocation:
     points: Sequence[Point] = field(default=())
 
     @property
-    def correlation(self) -> float | None:
-        """Spearman's rank correlation of proxy and measured divergence; None of less than three points."""
-        if len(self.points) < 3:
-            return None
-        ranks = [_ranks([getattr(point, name) for point in self.points]) for name in ("proxy", "divergence")]
-        return float(np.corrcoef(*ranks)[0, 1])
+    def of_noise(self) -> float | None:
+        """Spearman's rank correlation of noise and measured divergence."""
+        return correlation([(point.noise, point.divergence) for point in self.points])
+
+    @property
+    def of_foretold(self) -> float | None:
+        """The same of what was foretold from the measurements before, where there were some."""
+        return correlation([(p.foretold, p.divergence) for p in self.points if p.foretold is not None])
 
 
-def free(tensors: Mapping[str, Tensor], fixed: Mapping[str, int]) -> list[Tensor]:
-    """Tensors whose type is ours to choose: matrices that mixtures round, but for those whose type is `fixed`."""
-    return [t for t in tensors.values() if is_rounded(t.name, t.shape) and t.name not in fixed]
+def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's; None of less than three pairs, or of equal values."""
+    if len(pairs) < 3:
+        return None
+    ranks = [_ranks(values) for values in zip(*pairs, strict=True)]
+    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(r) for r in ranks) else None
 
 
-def allowed(tensor: Tensor, candidates: Iterable[int] = CANDIDATES) -> list[int]:
-    """The types that rows of a tensor are whole blocks of, none below what is sure for the few that need it."""
-    if tensor.name.endswith(SURE):
-        candidates = (SURE_TYPE,)
-    return [type for type in candidates if tensor.shape[-1] % BLOCKS[type][0] == 0] or [tensor.type]
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 0, equal values sharing their mean rank."""
+    values = np.asarray(values)
+    return ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1) - 1) / 2
 
 
-def size_of(tensor: Tensor, type: int) -> int:
-    if type == tensor.type:
-        return tensor.nbytes
-    return prod(tensor.shape[:-1]) * row_bytes(type, tensor.shape[-1])
+def allocate(
+    tensors: Mapping[str, Tensor], lost: Errors, fixed: Types, budget: int,
+    measure: Measure | None = None, starts: Mapping[str, Types] | None = None,
+) -> Allocation:  # fmt: skip
+    """A type for every tensor, all together of no more than `budget` bytes.
 
-
-# -- What is lost ----------------------------------------------------------------------------------------------
-
-
-def errors(
-    gguf: GGUF, tensors: Sequence[Tensor], importance: Importance | None, threads: int,
-    candidates: Iterable[int] = CANDIDATES, progress: Progress = lambda done, total: None,
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """For each tensor and each of its types: sum of importance * (x - rounded)^2 over that of importance * x^2.
-
-    Of up to 2^18 values: whole rows, at evenly spaced places of all experts. Raises no_native, numeric.
+    fixed: types that are not ours to choose; what is neither there nor in `lost` stays as it is. starts: choices that
+    somebody else made, by a name for them, which are measured too. Raises bad_option where the smallest types take
+    more.
     """
-    candidates, found = tuple(candidates), {}
-    encoders = [Encoder(1) for _ in range(threads)]
-
-    def work(tensor: Tensor) -> dict[int, float]:
-        encoder = encoders.pop()
-        try:
-            return _lost(gguf, tensor, importance, encoder, allowed(tensor, candidates))
-        finally:
-            encoders.append(encoder)
-
-    with ThreadPoolExecutor(threads) as pool:
-        for number, lost in enumerate(ahead(pool, work, tensors, 2 * threads)):
-            found[tensors[number].name] = lost
-            progress(number + 1, len(tensors))
-    return found
-
-
-def _lost(
-    gguf: GGUF, tensor: Tensor, importance: Importance | None, encoder: Encoder, types: Sequence[int]
-) -> dict[int, float]:
-    cols, weights = tensor.shape[-1], importance.of(tensor.name, tensor.shape[-1]) if importance else None
-    energy, lost, kept = 0.0, dict.fromkeys(types, 0.0), {tensor.type}
-    if T.Q4_0 in types and is_on_grid(gguf, tensor):
-        kept.add(T.Q4_0)
-    for row, count in sample(tensor.shape):
-        size = row_bytes(tensor.type, cols)
-        data = gguf.files[tensor.file].read(tensor.offset + row * size, count * size)
-        x = encoder.decode(data, tensor.type).reshape(count, cols)
-        if not np.isfinite(x).all():
-            raise Gemma4qError("numeric", f"{tensor.name} holds NaN or infinity: the model is damaged")
-        weight = None if weights is None else weights[row // tensor.shape[-2]]
-        energy += float((x.astype("f8") ** 2 @ (np.ones(cols) if weight is None else weight)).sum())
-        for type in types:
-            if type not in kept:
-                lost[type] += float(encoder.errors(x, type, weight).sum())
-    held = {type: error for type, error in lost.items() if np.isfinite(error)} or lost  # no scale reaches the others
-    return {type: error / energy if energy else 0.0 for type, error in held.items()}
+    stay = {name: tensor.type for name, tensor in tensors.items()} | dict(fixed)
+    others = sum(size_of(tensor, stay[name]) for name, tensor in tensors.items() if name not in lost)
+    smallest = sum(min(size_of(tensors[name], type) for type in types) for name, types in lost.items())
+    if others + smallest > budget:
+        least = f"the smallest types take {others + smallest:,} bytes of tensors, and {budget:,} are to be had"
+        raise Gemma4qError("bad_option", f"the target is too small: {least}")
+    alone = {name: next(iter(types)) for name, types in lost.items() if len(types) == 1}
+    taken = others + sum(size_of(tensors[name], type) for name, type in alone.items())
+    search = Search(
+        tensors, {name: types for name, types in lost.items() if name not in alone}, budget - taken, measure
+    )
+    if measure is not None and lost:
+        search.run(starts or {})
+    types, harms = search.best(), search.harms()
+    harm = sum(harms[name][type] for name, type in types.items())
+    return Allocation(stay | alone | types, taken + search.nbytes(types), harm, search.points)
 
 
-def sample(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """First row and count of rows of pieces that stand for a tensor: no piece has rows of two matrices."""
-    rows, cols, all_rows = shape[-2], shape[-1], prod(shape[:-1])
-    wanted = max(1, SAMPLE // cols)
-    if wanted >= all_rows:
-        return [(first, rows) for first in range(0, all_rows, rows)]
-    count = max(1, wanted // SPOTS)
-    spots = sorted({int(at) for at in np.linspace(0, all_rows - count, min(SPOTS, wanted))})
-    return [(at, min(count, rows - at % rows)) for at in spots]
+class Search:
+    """The best types for so many bytes, by what was measured so far, which `run` adds to."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], lost: Errors, room: int, measure: Measure | None):
+        self.tensors, self.lost, self.room, self.measure = tensors, lost, room, measure
+        self.left = {name: tensor.type for name, tensor in tensors.items()}
+        self.parts: dict[str, list[str]] = {}
+        for name in lost:
+            self.parts.setdefault(part(name), []).append(name)
+        self.points: list[Point] = []
+        self.weight: dict[str, float] | None = None  # of each tensor's noise; None: nobody knows
+
+    def nbytes(self, types: Types) -> int:
+        return sum(size_of(self.tensors[name], type) for name, type in types.items())
+
+    def harms(self) -> Errors:
+        return foretold(self.lost, self.weight, self.points) if self.weight else self.lost
+
+    def choice(self) -> dict[str, int]:
+        """What does the least harm, going by all that was measured."""
+        options = {
+            name: [Option(type, size_of(self.tensors[name], type), harm) for type, harm in types.items()]
+            for name, types in self.harms().items()
+        }
+        return {name: option.type for name, option in choose(options, self.room).items()}
+
+    def best(self) -> dict[str, int]:
+        """Of the whole choices that were measured the best; where there is none, what is likely to be."""
+        wholes = [point for point in self.points if len(point.types) == len(self.lost)]
+        return dict(min(wholes, key=lambda point: point.divergence).types) if wholes else self.choice()
+
+    def run(self, starts: Mapping[str, Types]) -> None:
+        """Measures each part of the layers, others' choices, then the best choice and halves of parts in turn: until
+        nothing is left to learn, or no time."""
+        if not self._weigh():
+            return
+        for name, types in starts.items():
+            if not self._measured(name, types):
+                return
+        halves, count = list(self.points[: len(self.parts)]), 0
+        while True:
+            types = self.choice()
+            if types not in [point.types for point in self.points]:
+                count += 1
+                if not self._measured(f"choice {count}", types):
+                    return
+            shared = [point for point in halves if len(point.types) > 1]
+            if not shared:
+                return
+            most = max(shared, key=lambda point: point.divergence)
+            halves.remove(most)
+            for name, half in zip((f"{most.name} first", f"{most.name} last"), _halved(most.types), strict=True):
+                if not self._measured(name, half):
+                    return
+                halves.append(self.points[-1])
+
+    def _weigh(self) -> bool:
+        """Each part alone, all others left as they are, largest first; what was not measured is like most others."""
+        bits = 8 * self.room / sum(prod(self.tensors[name].shape) for name in self.lost)
+        sizes = {part: sum(self.tensors[name].nbytes for name in names) for part, names in self.parts.items()}
+        found, in_time = {}, True
+        for part in sorted(self.parts, key=lambda part: -sizes[part]):
+            types = {name: probe(self.tensors[name], self.lost[name], bits) for name in self.parts[part]}
+            in_time = self._measured(part, types)
+            if not in_time:
+                break
+            if self.points[-1].noise > 0:
+                found |= dict.fromkeys(types, max(self.points[-1].divergence, 0.0) / self.points[-1].noise)
+        usual = float(np.median(list(found.values()))) if found else 1.0
+        self.weight = {name: found.get(name, usual) for name in self.lost}
+        return in_time
+
+    def _measured(self, name: str, types: Types) -> bool:
+        """Whether there was time for one more point."""
+        divergence = self.measure(self.left | dict(types)) if len(self.points) < MOST_MEASURED else None
+        if divergence is None:
+            return False
+        sums = [sum(of[n].get(type, 0.0) for n, type in types.items()) for of in (self.lost, self.harms())]
+        self.points.append(Point(name, dict(types), sums[0], divergence, sums[1] if self.weight else None))
+        return True
 
 
-# -- What matters ----------------------------------------------------------------------------------------------
+def foretold(lost: Errors, weight: Mapping[str, float], points: Sequence[Point]) -> dict[str, dict[int, float]]:
+    """Harm of each tensor in each type: weight times noise, and corrected by what was measured of several at once.
+
+    Harms add up. Each is off by a factor for its tensor and one for its type there, which are normal about 1; they are
+    what is likeliest given the divergences (regression by a Gaussian process with the kernel that follows).
+    """
+    names = list(lost)
+    thought = {name: {type: weight[name] * noise for type, noise in lost[name].items()} for name in names}
+    if not points:
+        return thought
+    harms = np.array([[thought[name].get(point.types.get(name), 0.0) for name in names] for point in points])
+    types = np.array([[point.types.get(name, -1) for name in names] for point in points])
+    divergences = np.array([point.divergence for point in points])
+    kernel = OF_TENSOR**2 * harms @ harms.T
+    for row, of_row, sums in zip(harms, types, kernel, strict=True):
+        sums += OF_TYPE**2 * (harms * (types == of_row)) @ row
+    noise = np.diag((MEASURED * divergences) ** 2 + 1e-30)
+    pull = np.linalg.solve(kernel + noise, divergences - harms.sum(1))
+    of_tensor = 1 + OF_TENSOR**2 * pull @ harms
+    return {
+        name: {
+            type: harm * max(LEAST, float(of_tensor[i] + OF_TYPE**2 * pull @ (harms[:, i] * (types[:, i] == type))))
+            for type, harm in thought[name].items()
+        }
+        for i, name in enumerate(names)
+    }
 
 
 def part(name: str) -> str:
     """What tensors of all layers have in common: `attn_q` of `blk.3.attn_q.weight`."""
     found = _LAYER.fullmatch(name)
     return found[2] if found else name.removesuffix(".weight")
-
-
-def sensitivities(
-    tensors: Mapping[str, Tensor], lost: Errors, bits: float, measure: Measure
-) -> tuple[dict[str, float], list[Point]]:
-    """How much each tensor of `lost` matters, and what was measured to know that.
-
-    Of each part of the layers first, all others left as they are; then of halves, in layers, of what does most harm, as
-    long as there is time. bits: of a weight, about as many as tensors will have. A part that was not measured matters
-    as the median of the others.
-    """
-    groups: dict[str, list[str]] = {}
-    for name in lost:
-        groups.setdefault(part(name), []).append(name)
-    left = {name: tensor.type for name, tensor in tensors.items()}
-    found: dict[str, float] = {}
-    points: list[Point] = []
-    queue = sorted(groups.items(), key=lambda item: -sum(tensors[name].nbytes for name in item[1]))
-    open_points: list[Point] = []
-    while queue and len(points) < MOST_MEASURED:
-        name, names = queue.pop(0)
-        types = {n: probe(tensors[n], lost[n], bits) for n in names}
-        proxy = sum(lost[n][type] for n, type in types.items())
-        if proxy > 0:
-            divergence = measure(left | types)
-            if divergence is None:
-                break
-            point = Point(name, tuple(names), proxy, divergence)
-            points.append(point)
-            open_points.append(point)
-            found |= dict.fromkeys(names, max(divergence, 0.0) / proxy)
-        if not queue:
-            queue = _halves(open_points)
-    usual = float(np.median(list(found.values()))) if found else 1.0
-    return {name: found.get(name, usual) for name in lost}, points
-
-
-def _halves(points: list[Point]) -> list[tuple[str, list[str]]]:
-    """Takes the point of most divergence that several tensors share out of the list, and halves it."""
-    shared = [point for point in points if len(point.tensors) > 1]
-    if not shared:
-        return []
-    most = max(shared, key=lambda point: point.divergence)
-    points.remove(most)
-    middle = len(most.tensors) // 2
-    return [(f"{most.name} {side}", list(names)) for side, names in (
-        ("first", most.tensors[:middle]), ("last", most.tensors[middle:])
-    )]  # fmt: skip
 
 
 def probe(tensor: Tensor, lost: Mapping[int, float], bits: float) -> int:
@@ -219,122 +225,8 @@ def probe(tensor: Tensor, lost: Mapping[int, float], bits: float) -> int:
     return max(fitting, key=sizes.get) if fitting else min(lost, key=sizes.get)
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 0, equal values sharing their mean rank."""
-    values = np.asarray(values)
-    return ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1) - 1) / 2
-
-
-# -- The choice ------------------------------------------------------------------------------------------------
-
-
-def allocate(
-    tensors: Mapping[str, Tensor], lost: Errors, fixed: Mapping[str, int], budget: int,
-    measure: Measure | None = None,
-) -> Allocation:  # fmt: skip
-    """A type for every tensor, all together of no more than `budget` bytes. fixed: types that are not ours to choose;
-    what is neither there nor in `lost` stays as it is. Raises bad_option where the smallest types take more."""
-    stay = {name: tensor.type for name, tensor in tensors.items()} | dict(fixed)
-    others = sum(size_of(tensor, stay[name]) for name, tensor in tensors.items() if name not in lost)
-    smallest = sum(min(size_of(tensors[name], type) for type in types) for name, types in lost.items())
-    if others + smallest > budget:
-        least = f"the smallest types take {others + smallest:,} bytes of tensors, and {budget:,} are to be had"
-        raise Gemma4qError("bad_option", f"the target is too small: {least}")
-    weight, points = dict.fromkeys(lost, 1.0), []
-    if measure is not None and lost:
-        values = sum(prod(tensors[name].shape) for name in lost)
-        weight, points = sensitivities(tensors, lost, 8 * (budget - others) / values, measure)
-    options = {
-        name: [Option(type, size_of(tensors[name], type), weight[name] * error) for type, error in types.items()]
-        for name, types in lost.items()
-    }
-    chosen = choose(options, budget - others)
-    types = stay | {name: option.type for name, option in chosen.items()}
-    size = others + sum(option.nbytes for option in chosen.values())
-    return Allocation(types, size, sum(option.harm for option in chosen.values()), points)
-
-
-def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """The least harm together of at most so many bytes, nearly; the same for options in any order.
-
-    Two ways, then exchanges, and the better of both: steps along each tensor's convex hull in the order of harm that a
-    byte takes away (Everett's multipliers), good where there are many tensors; and the best sums of rounded sizes, good
-    where there are few.
-    """
-    hulls = {name: hull(options[name]) for name in sorted(options)}
-    found = [_stepped(hulls, budget), _summed(hulls, budget)]
-    found = [_exchanged(options, chosen, budget - sum(o.nbytes for o in chosen.values())) for chosen in found]
-    return min(found, key=lambda chosen: sum(option.harm for option in chosen.values()))
-
-
-def _stepped(hulls: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    chosen = {name: line[0] for name, line in hulls.items()}
-    left = budget - sum(option.nbytes for option in chosen.values())
-    steps = [(name, a, b) for name, line in hulls.items() for a, b in pairwise(line)]
-    for name, before, after in sorted(steps, key=lambda step: -_gain(step[1], step[2])):
-        if chosen[name] == before and after.nbytes - before.nbytes <= left:
-            chosen[name] = after
-            left -= after.nbytes - before.nbytes
-    return chosen
-
-
-def _summed(hulls: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """By dynamic programming: for each tensor and room, in units of bytes, the option of the least harm so far."""
-    room = budget - sum(line[0].nbytes for line in hulls.values())
-    common = gcd(*(option.nbytes - line[0].nbytes for line in hulls.values() for option in line)) or 1
-    unit = common * -(-max(room, 1) // (common * UNITS))
-    least, picks = np.zeros(room // unit + 1), []
-    for line in hulls.values():
-        rows = np.full((len(line), len(least)), np.inf)
-        for row, option in zip(rows, line, strict=True):
-            units = -(-(option.nbytes - line[0].nbytes) // unit)
-            row[units:] = least[: max(0, len(least) - units)] + option.harm
-        picks.append(rows.argmin(0))
-        least = rows.min(0)
-    chosen, at = {}, len(least) - 1
-    for (name, line), pick in reversed(list(zip(hulls.items(), picks, strict=True))):
-        chosen[name] = line[pick[at]]
-        at -= -(-(chosen[name].nbytes - line[0].nbytes) // unit)
-    return chosen
-
-
-def _exchanged(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: int) -> dict[str, Option]:
-    """What is chosen after all changes of one tensor, or of two at once, that do less harm and fit in what is left."""
-    names = sorted(options)
-    moves = [(i, option) for i, name in enumerate(names) for option in options[name]]
-    of = np.array([i for i, _ in moves] + [-1])  # the last one changes nothing
-    sizes, harms = (np.array([getattr(o, what) for _, o in moves] + [0]) for what in ("nbytes", "harm"))
-    for _ in range(MOST_EXCHANGES):
-        now = [chosen[name] for name in names]
-        more = sizes - np.append([o.nbytes for o in now], 0)[of]
-        gain = np.append([o.harm for o in now], 0)[of] - harms
-        best, pair = 0.0, None
-        for i in range(len(of)):
-            together = np.where((more + more[i] <= left) & (of != of[i]), gain + gain[i], 0)
-            if together.max() > best * (1 + 1e-9) + 1e-15:
-                best, pair = float(together.max()), (i, int(together.argmax()))
-        if pair is None:
-            break
-        for move in pair:
-            if move < len(moves):
-                chosen[names[of[move]]] = moves[move][1]
-                left -= int(more[move])
-    return chosen
-
-
-def hull(options: Sequence[Option]) -> list[Option]:
-    """The lower convex hull of harm over bytes, from the fewest bytes to the least harm."""
-    line: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.nbytes, option.harm, option.type)):
-        if line and option.harm >= line[-1].harm:
-            continue
-        while len(line) > 1 and _gain(line[-2], line[-1]) <= _gain(line[-1], option):
-            line.pop()
-        line.append(option)
-    return line
-
-
-def _gain(before: Option, after: Option) -> float:
-    """Harm that each further byte takes away; where none is needed, all the more."""
-    more = after.nbytes - before.nbytes
-    return (before.harm - after.harm) / more if more > 0 else float("inf")
+def _halved(types: Types) -> tuple[Types, Types]:
+    """The first layers and the last."""
+    items = list(types.items())
+    middle = len(items) // 2
+    return dict(items[:middle]), dict(items[middle:])

@@ -67,6 +67,18 @@ def laid(data: np.ndarray, x: np.ndarray, stored: int) -> None:
     blocks[found] = whole
 
 
+class Grid:
+    """Which tensors of a model have Q4_0's grid: each is looked at once."""
+
+    def __init__(self, gguf: GGUF):
+        self.gguf, self.known = gguf, {}
+
+    def has(self, tensor: Tensor) -> bool:
+        if tensor.name not in self.known:
+            self.known[tensor.name] = is_on_grid(self.gguf, tensor)
+        return self.known[tensor.name]
+
+
 def is_on_grid(gguf: GGUF, tensor: Tensor) -> bool:
     """Whether a tensor of floats has Q4_0's grid, going by blocks from all over it; what is merely tied has not."""
     if tensor.type not in DIGITS or tensor.shape[-1] % VALUES:

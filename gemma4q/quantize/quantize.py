@@ -21,7 +21,7 @@ from ..gguf.reader import GGUF, Tensor, open_gguf
 from ..gguf.types import TENSOR_TYPES, type_name
 from ..gguf.writer import TensorData
 from ..model.config import read_config
-from .grid import FOUR_BITS, is_on_grid
+from .grid import FOUR_BITS, Grid
 from .mixtures import ALIASES, HEAD, MIXTURES, TABLES, Mixture, Traits, asked, fitting, wishes
 from .overrides import Overrides, Setting, changed
 from .stream import Importance, Stream
@@ -50,16 +50,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What would be written: `changes` has every tensor, in the order of the file.
-
-    `on_grid`: names of tensors that would get four bits and have Q4_0's grid, which Q4_0 keeps exactly.
-    """
+    """What would be written: `changes` has every tensor, in the order of the file."""
 
     gguf: GGUF
     files: list[Planned]
     changes: list[Change]
     importance: Importance | None
-    on_grid: frozenset[str] = frozenset()
+    grid: Grid
 
     @property
     def nbytes(self) -> int:
@@ -75,9 +72,16 @@ class Quantization:
         return [change for change in self.changes if change.type != change.wish]
 
     @property
+    def on_grid(self) -> frozenset[str]:
+        """Names of tensors that would get four bits and have Q4_0's grid, which Q4_0 keeps exactly."""
+        four = [change.tensor for change in self.changes if change.is_rounded and change.type in FOUR_BITS]
+        return frozenset(tensor.name for tensor in four if self.grid.has(tensor))
+
+    @property
     def kept(self) -> list[str]:
         """Tensors that get the scales and codes of Q4_0 that they were trained with."""
-        return [c.tensor.name for c in self.changes if c.tensor.name in self.on_grid and c.type == TensorType.Q4_0]
+        on_grid = self.on_grid
+        return [c.tensor.name for c in self.changes if c.tensor.name in on_grid and c.type == TensorType.Q4_0]
 
     @property
     def unweighed(self) -> list[str]:
@@ -98,7 +102,7 @@ class Quantization:
             metadata, kinds = changed(file.metadata, file.types, () if number else settings)
             tensors = [data[tensor.name] for tensor in file.tensors]
             files.append(Planned(file.path, metadata, kinds, tensors))
-        return Quantization(self.gguf, files, changes, self.importance, _on_grid(self.gguf, changes))
+        return replace(self, files=files, changes=changes)
 
     def alone(self, path: Path) -> "Quantization":
         """The same as one file of this name."""
@@ -147,13 +151,15 @@ def planned(
         raise Gemma4qError("bad_arch", f"{gguf.path} holds encoders, which have no mixtures: {remedy}")
     metadata, kinds = changed(gguf.metadata, gguf.types, settings)
     traits = Traits.of(read_config(replace(gguf, metadata=metadata, types=kinds)))
+    grid = Grid(gguf)
     wished = wishes(gguf.tensors, traits, mixture, overrides, importance is not None)
     if mixture.base == TensorType.Q4_0:
-        wished |= _larger_for_nothing(gguf, wished, overrides)
+        wished |= _larger_for_nothing(gguf, grid, wished, overrides)
     named = [("general.quantization_version", QUANTIZATION_VERSION), ("general.file_type", mixture.file_type)]
     dropped = {key for key in gguf.metadata if key.startswith(OF_IMPORTANCE)}
     gguf = replace(gguf, metadata={key: value for key, value in gguf.metadata.items() if key not in dropped})
-    return rewritten(gguf, to, wished, [*named, *importance_keys, *settings], importance, keep_split, allow_requantize)
+    settings = [*named, *importance_keys, *settings]
+    return rewritten(gguf, to, wished, settings, importance, keep_split, allow_requantize, grid)
 
 
 def rewritten(
@@ -164,6 +170,7 @@ def rewritten(
     importance: Importance | None = None,
     keep_split: bool = False,
     allow_requantize: bool = False,
+    grid: Grid | None = None,
 ) -> Quantization:
     """An open model with a type for every tensor, or the next one that fits its rows, and some keys set.
 
@@ -181,20 +188,15 @@ def rewritten(
     metadata, kinds = changed(metadata, {key: gguf.types[key] for key in metadata}, settings)
     parts = range(len(gguf.files)) if keep_split else range(1)
     groups = [[c.data for c in changes if not keep_split or c.tensor.file == part] for part in parts]
-    return Quantization(gguf, parts_of(to, metadata, kinds, groups), changes, importance, _on_grid(gguf, changes))
+    return Quantization(gguf, parts_of(to, metadata, kinds, groups), changes, importance, grid or Grid(gguf))
 
 
-def _on_grid(gguf: GGUF, changes: Iterable[Change]) -> frozenset[str]:
-    four = [change.tensor for change in changes if change.is_rounded and change.type in FOUR_BITS]
-    return frozenset(tensor.name for tensor in four if is_on_grid(gguf, tensor))
-
-
-def _larger_for_nothing(gguf: GGUF, wished: Mapping[str, int], overrides: Overrides) -> dict[str, int]:
+def _larger_for_nothing(gguf: GGUF, grid: Grid, wished: Mapping[str, int], overrides: Overrides) -> dict[str, int]:
     """Q4_0 for what the mixture of that name would round to more bits, though Q4_0 keeps it exactly."""
     tied = HEAD not in gguf.tensors
     free = [t for t in gguf.tensors.values() if asked(t.name, tied, overrides) is None and wished[t.name] != t.type]
     larger = [tensor for tensor in free if wished[tensor.name] != TensorType.Q4_0]
-    return {tensor.name: TensorType.Q4_0 for tensor in larger if is_on_grid(gguf, tensor)}
+    return {tensor.name: TensorType.Q4_0 for tensor in larger if grid.has(tensor)}
 
 
 def check_sources(tensors: Iterable[Tensor], allow_requantize: bool) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from ..abi import BLOCKS
 from ..errors import Gemma4qError
-from .allocate import CANDIDATES, Allocation, Errors, Measure, Progress, allocate, errors, free
+from .allocate import Allocation, Measure, allocate
 from .mixtures import HEAD, MIXTURES, asked, is_rounded
+from .noise import CANDIDATES, Errors, Progress, errors, free
 from .overrides import Overrides
 from .quantize import Quantization, check_sources
 
@@ -47,17 +48,23 @@ class Recipe:
 
     def errors(self, threads: int, progress: Progress = lambda done, total: None, candidates=CANDIDATES) -> Errors:
         """What rounding to each type loses of each tensor. Raises no_native, numeric."""
-        gguf = self.base.gguf
-        return errors(gguf, free(gguf.tensors, self.fixed), self.base.importance, threads, candidates, progress)
+        gguf, grid, importance = self.base.gguf, self.base.grid, self.base.importance
+        return errors(gguf, grid, free(gguf.tensors, self.fixed), importance, threads, candidates, progress)
 
     def choose(self, lost: Errors, measure: Measure | None = None) -> tuple[Quantization, Allocation]:
         """What to write, and why. measure: as in `allocate`; None: there is none.
 
         Raises bad_option where the budget is too small; what `measure` raises.
         """
-        found = allocate(self.base.gguf.tensors, lost, self.fixed, self.budget, measure)
+        found = allocate(self.base.gguf.tensors, lost, self.fixed, self.budget, measure, self._starts(lost))
         keys = [(KEY, NAME), ("general.file_type", _file_type(self.base, found.types))]
         return self.base.retyped(found.types, keys), found
+
+    def _starts(self, lost: Errors) -> dict[str, dict[str, int]]:
+        """The mixture's own choice, if it is one of ours and no larger."""
+        types = {c.tensor.name: c.type for c in self.base.changes if len(lost.get(c.tensor.name, ())) > 1}
+        fits = sum(change.data.nbytes for change in self.base.changes) <= self.budget
+        return {"mixture": types} if fits and all(type in lost[name] for name, type in types.items()) else {}
 
 
 def recipe(base: Quantization, overrides: Overrides, target: int | None, allow_requantize: bool) -> Recipe:
