@@ -1,12 +1,13 @@
 """The recipe `gemma` beside llama.cpp's mixtures: KL divergence at no more bytes, on texts nobody calibrated with.
 
-    python tools/recipe_trials.py                                  both trained models, four mixtures: a table
-    python tools/recipe_trials.py --minutes 0 --json trials.json   by the sums of errors alone
+    python tools/recipe_trials.py --peer-python ~/peers/bin/python                both trained models, four mixtures
+    python tools/recipe_trials.py --peer-python ~/peers/bin/python --minutes 0    by the sums of errors alone
 
-Both sides are rounded by gemma4q's quantisers and weighed by one importance matrix, from the shipped calibration
-conversations, which the recipe's trial models read too; scored are the shipped evaluation conversations and turns of
-the tiny models' own tasks, held back from their training. `less` is how much smaller the recipe's divergence is, with a
-95 % interval over texts: pairs of the same tokens.
+Their side is llama.cpp's own file of the mixture; the argument is an interpreter that has llama-cpp-python. Both sides
+are weighed by one importance matrix. It and the recipe's trial models read texts that the tiny models were trained on;
+scored are turns of tasks held back from training. `less` is how much smaller the recipe's divergence is, with a 95 %
+interval over texts: pairs of the same tokens. A row "ours" has the mixture's types rounded by our encoders, so that it
+shows what of the difference is the encoders' and what the choice's.
 """
 
 import argparse
@@ -17,10 +18,13 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from tiny_tasks import TASKS, draw
+from llama_quantize import theirs
+from tiny_tasks import TASKS, Example, draw
+from tiny_texts import conversation
 
 from gemma4q import load
 from gemma4q.convert.convert import planned as converted
+from gemma4q.gguf.reader import open_gguf
 from gemma4q.measure.calibration import Calibration
 from gemma4q.measure.divergence import Scores, mean
 from gemma4q.measure.evaluate import Speaking, evaluate
@@ -29,102 +33,117 @@ from gemma4q.measure.texts import Passage, conversations, passages
 from gemma4q.quantize.importance import Importance
 from gemma4q.quantize.mixtures import mixture
 from gemma4q.quantize.overrides import Overrides
-from gemma4q.quantize.quantize import Quantization, planned
+from gemma4q.quantize.quantize import planned
 from gemma4q.quantize.recipe import recipe
-from gemma4q.shipped import CALIBRATION, EVALUATION
 
 TRAINED = Path(__file__).parents[1] / "tests/data/trained"
 MODELS = ("tiny", "tiny-moe")
 MIXTURES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
-TURNS = 100  # of the tiny models' tasks
+CALIBRATED = 400  # conversations
+JUDGED = sorted(TASKS.keys() - {"talk", "no_tool"})  # of which there are too few texts
 
 
-def importance(path: Path) -> Importance:
+def calibrating() -> list[Example]:
+    """Of texts that training drew from."""
+    random, tasks = Random("recipe trials, calibration"), list(TASKS)
+    return [draw(random, tasks[number % len(tasks)]) for number in range(CALIBRATED)]
+
+
+def importance(path: Path, texts: Path) -> Importance:
     with Calibration(path) as calibration:
-        talks = passages(conversations(CALIBRATION), calibration.tokenizer, calibration.flavour, everything=True)
+        talks = passages(conversations(texts), calibration.tokenizer, calibration.flavour, everything=True)
         *_, found = calibration.run(calibration.chunks([talk.ids for talk in talks]), Importance({}))
     return found
 
 
-def texts(model) -> dict[str, list[Passage]]:
-    """What is scored: by the name of where it is from."""
-    talks = passages(conversations(EVALUATION), model.tokenizer, model.flavour)
-    random, turns = Random("recipe trials"), []
-    for number in range(TURNS):
-        task = sorted(TASKS)[number % len(TASKS)]
-        example = draw(random, task, held=True)
+def turns(model, count: int) -> list[Passage]:
+    """What is scored: so many turns of each task, and none of a text that was calibrated with."""
+    random, known, found = Random("recipe trials"), {example.essence for example in calibrating()}, []
+    for number in range(count * len(JUDGED)):
+        task = JUDGED[number % len(JUDGED)]
+        while (example := draw(random, task, held=True)).essence in known:
+            pass
         prompt, turn = (model.tokenize(text, special=True) for text in (example.prompt(), example.turn()))
-        turns.append(Passage(np.array(prompt + turn, np.int32), len(prompt), task, number))
-    return {"conversations": [p for p in talks if len(p.ids) <= LONGEST], "tasks": turns}
+        found.append(Passage(np.array(prompt + turn, np.int32), len(prompt), task, number))
+    return found
 
 
-def scores(path: Path, base, sets: dict[str, list[Passage]]) -> dict[str, Scores]:
+def scores(path: Path, base, judged: list[Passage]) -> Scores:
     with load(path, context=LONGEST) as model:
-        return {
-            name: evaluate(found, range(len(found)), Speaking(model, found), Speaking(base, found))
-            for name, found in sets.items()
-        }
+        return evaluate(judged, range(len(judged)), Speaking(model, judged), Speaking(base, judged))
 
 
-def written(plan: Quantization) -> Path:
-    plan.write()
-    return plan.files[0].path
-
-
-def trials(name: str, mixtures: list[str], minutes: float, folder: Path) -> Iterator[dict]:
-    source = folder / f"{name}-BF16.gguf"
+def trials(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict]:
+    source, texts = folder / f"{name}-BF16.gguf", folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps(conversation(example)) + "\n" for example in calibrating()))
     with converted(TRAINED / name, source, "bf16") as conversion:
         conversion.write()
-    weights, base = importance(source), load(source, context=LONGEST)
-    sets = texts(base)
-    for wanted in mixtures:
-        theirs = planned(source, folder / "theirs.gguf", mixture(wanted), importance=weights)
-        plan = planned(source, folder / f"{name}.gguf", mixture(wanted), importance=weights)
-        choice = recipe(plan, Overrides(), None, False)
-        with Divergence(plan, CALIBRATION, 60 * minutes) as measure:
-            ours, found = choice.choose(choice.errors(2), measure if minutes else None)
-        both = [scores(written(each), base, sets) for each in (theirs, ours)]
-        for of, passages_of in sets.items():
-            one, other = (side[of] for side in both)
+    weights, base = importance(source, texts), load(source, context=LONGEST)
+    judged = turns(base, options.turns)
+    for wanted in options.mixtures:
+        peer = theirs(options.peer_python, source, folder / "theirs.gguf", wanted, weights)
+        their_scores, their_bytes = scores(peer, base, judged), tensor_bytes(peer)
+        mixed = planned(source, folder / f"{name}.gguf", mixture(wanted), importance=weights)
+        wish = recipe(mixed, Overrides(), None, False)
+        with Divergence(mixed, texts, 60 * options.minutes) as measure:
+            plan, found = wish.choose(wish.errors(2), measure if options.minutes else None)
+        for side, each in (("ours", mixed), ("recipe", plan)):
+            each.write()
+            our_scores = scores(each.files[0].path, base, judged)
             yield {
                 "model": name,
                 "mixture": wanted,
-                "texts": of,
-                "tokens": len(one),
-                "passages": len(passages_of),
-                "bytes": sum(change.data.nbytes for change in theirs.changes),
-                "recipe_bytes": found.nbytes,
-                "divergence": mean(one.divergence, one.text)._asdict(),
-                "recipe_divergence": mean(other.divergence, other.text)._asdict(),
-                "less": mean(one.divergence - other.divergence, one.text)._asdict(),
-                "same_top": float(one.same.mean()),
-                "recipe_same_top": float(other.same.mean()),
-                "measured": len(found.points),
-                "rank_correlation": found.correlation,
-                "types": {c.tensor.name: int(c.type) for c in ours.changes},
-            }
+                "side": side,
+                "tokens": len(our_scores),
+                "passages": len(judged),
+                "bytes": their_bytes,
+                "our_bytes": tensor_bytes(each.files[0].path),
+                "divergence": mean(their_scores.divergence, their_scores.text)._asdict(),
+                "our_divergence": mean(our_scores.divergence, our_scores.text)._asdict(),
+                "less": mean(their_scores.divergence - our_scores.divergence, our_scores.text)._asdict(),
+                "same_top": float(their_scores.same.mean()),
+                "our_same_top": float(our_scores.same.mean()),
+            } | (
+                {
+                    "measured": len(found.points),
+                    "of_noise": found.of_noise,
+                    "of_foretold": found.of_foretold,
+                    "points": [(p.name, len(p.types), p.noise, p.foretold, p.divergence) for p in found.points],
+                    "types": {change.tensor.name: int(change.type) for change in plan.changes},
+                }
+                if side == "recipe"
+                else {}
+            )
     base.close()
 
 
+def tensor_bytes(path: Path) -> int:
+    return sum(tensor.nbytes for tensor in open_gguf(path).tensors.values())
+
+
 def line(row: dict) -> str:
-    less, sides = row["less"], (row["divergence"]["value"], row["recipe_divergence"]["value"])
-    sizes = f"{row['bytes']:>9,} {row['recipe_bytes']:>9,}"
-    kl = f"{sides[0]:.5f} {sides[1]:.5f}  less {less['value']:+.5f} ({less['low']:+.5f} … {less['high']:+.5f})"
-    rank = "-" if row["rank_correlation"] is None else f"{row['rank_correlation']:.2f}"
-    tops = f"{row['same_top']:.2%} {row['recipe_same_top']:.2%}"
-    return f"{row['model']:<9}{row['mixture']:<7} {row['texts']:<14}{sizes}  {kl}  {tops}  {row['measured']} {rank}"
+    less, sides = row["less"], (row["divergence"]["value"], row["our_divergence"]["value"])
+    sizes = f"{row['bytes']:>9,} {row['our_bytes']:>9,}"
+    kl = f"{sides[0]:.2e} {sides[1]:.2e}  less {less['value']:+.1e} ({less['low']:+.1e} … {less['high']:+.1e})"
+    tops = f"{row['same_top']:.2%} {row['our_same_top']:.2%}"
+    ranks = [row.get(name) for name in ("of_noise", "of_foretold")]
+    ranks = " ".join("-" if rank is None else f"{rank:.2f}" for rank in ranks)
+    known = f"  {row['measured']} {ranks}" if "measured" in row else ""
+    return f"{row['model']:<9}{row['mixture']:<7} {row['side']:<7}{sizes}  {kl}  {tops}{known}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--mixtures", nargs="*", default=MIXTURES)
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--json", type=Path, help="Keep the numbers.")
+    parser.add_argument("--turns", type=int, default=500, help="of each task")
+    parser.add_argument("--json", type=Path, help="keep the numbers")
     options, rows = parser.parse_args(), []
     for name in options.models:
         with TemporaryDirectory() as folder:
-            for row in trials(name, options.mixtures, options.minutes, Path(folder)):
+            for row in trials(name, options, Path(folder)):
                 rows.append(row)
                 print(line(row), flush=True)
     if options.json:
