@@ -1,13 +1,13 @@
 """The recipe `gemma` beside llama.cpp's mixtures: KL divergence at no more bytes, on texts nobody calibrated with.
 
     python tools/recipe_trials.py --peer-python ~/peers/bin/python                both trained models, four mixtures
-    python tools/recipe_trials.py --peer-python ~/peers/bin/python --minutes 0    by the sums of errors alone
+    python tools/recipe_trials.py --peer-python ~/peers/bin/python --models tiny --mixtures Q4_K_M --minutes 2
 
 Their side is llama.cpp's own file of the mixture; the argument is an interpreter that has llama-cpp-python. Both sides
 are weighed by one importance matrix. It and the recipe's trial models read texts that the tiny models were trained on;
 scored are turns of tasks held back from training. `less` is how much smaller the recipe's divergence is, with a 95 %
-interval over texts: pairs of the same tokens. A row "ours" has the mixture's types rounded by our encoders, so that it
-shows what of the difference is the encoders' and what the choice's.
+interval over texts: pairs of the same tokens. A row "ours" has the mixture's types rounded by our encoders, and "noise"
+what the recipe chooses without trial models: so the rows show what is the encoders', the sums' and the trials' part.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from gemma4q.gguf.reader import open_gguf
 from gemma4q.measure.calibration import Calibration
 from gemma4q.measure.divergence import Scores, mean
 from gemma4q.measure.evaluate import Speaking, evaluate
-from gemma4q.measure.sensitivity import LONGEST, Divergence
+from gemma4q.measure.sensitivity import LONGEST, Divergence, Remembered
 from gemma4q.measure.texts import Passage, conversations, passages
 from gemma4q.quantize.importance import Importance
 from gemma4q.quantize.mixtures import mixture
@@ -68,9 +68,9 @@ def turns(model, count: int) -> list[Passage]:
     return found
 
 
-def scores(path: Path, base, judged: list[Passage]) -> Scores:
+def scores(path: Path, base: Remembered, judged: list[Passage]) -> Scores:
     with load(path, context=LONGEST) as model:
-        return evaluate(judged, range(len(judged)), Speaking(model, judged), Speaking(base, judged))
+        return evaluate(judged, range(len(judged)), Speaking(model, judged), base)
 
 
 def trials(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict]:
@@ -78,16 +78,18 @@ def trials(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dic
     texts.write_text("".join(json.dumps(conversation(example)) + "\n" for example in calibrating()))
     with converted(TRAINED / name, source, "bf16") as conversion:
         conversion.write()
-    weights, base = importance(source, texts), load(source, context=LONGEST)
-    judged = turns(base, options.turns)
+    weights, original = importance(source, texts), load(source, context=LONGEST)
+    judged = turns(original, options.turns)
+    base = Remembered(Speaking(original, judged))
     for wanted in options.mixtures:
         peer = theirs(options.peer_python, source, folder / "theirs.gguf", wanted, weights)
         their_scores, their_bytes = scores(peer, base, judged), tensor_bytes(peer)
         mixed = planned(source, folder / f"{name}.gguf", mixture(wanted), importance=weights)
         wish = recipe(mixed, Overrides(), None, False)
+        noise = wish.errors(2)
         with Divergence(mixed, texts, 60 * options.minutes) as measure:
-            plan, found = wish.choose(wish.errors(2), measure if options.minutes else None)
-        for side, each in (("ours", mixed), ("recipe", plan)):
+            plan, found = wish.choose(noise, measure)
+        for side, each in (("ours", mixed), ("noise", wish.choose(noise)[0]), ("recipe", plan)):
             each.write()
             our_scores = scores(each.files[0].path, base, judged)
             yield {
@@ -114,7 +116,7 @@ def trials(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dic
                 if side == "recipe"
                 else {}
             )
-    base.close()
+    original.close()
 
 
 def tensor_bytes(path: Path) -> int:
