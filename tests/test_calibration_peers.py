@@ -24,17 +24,13 @@ from gemma4q.quantize.importance import Importance
 from gemma4q.shipped import NAMES
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from llama_quantize import theirs
 from tiny_tasks import TASKS, draw
 
 pytestmark = pytest.mark.peers
 TOOL = Path(__file__).parents[1] / "tools" / "llama_imatrix.py"
 PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 TRAINED = Path(__file__).parent / "data" / "trained"
-
-
-def peer(*arguments) -> None:
-    done = subprocess.run([PYTHON, TOOL, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -49,7 +45,9 @@ def collected(request, tmp_path_factory):
         texts = [calibration.tokenizer.encode(e.prompt() + e.turn(), special=True) for e in examples]
         *_, ours = calibration.run(calibration.chunks(texts), Importance({}))
     (room / "texts.json").write_text(json.dumps(texts))
-    peer("collect", room / "model.gguf", room / "texts.json", room / "theirs.npz")
+    arguments = (room / "model.gguf", room / "texts.json", room / "theirs.npz")
+    done = subprocess.run([PYTHON, TOOL, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     return room / "model.gguf", ours, np.load(room / "theirs.npz")
 
 
@@ -67,10 +65,9 @@ def test_every_matrix_meets_what_it_meets_in_llama_cpp(collected):
 def test_llama_cpps_quantiser_takes_it_and_weighs_errors_by_it(collected, tmp_path):
     """The weighted error of every tensor in Q4_0 is smaller than without importance."""
     model, ours, _ = collected
-    np.savez(tmp_path / "importance.npz", **{name: ours.of(name) for name in ours.entries})
-    peer("quantize", model, tmp_path / "plain.gguf", "Q4_0")
-    peer("quantize", model, tmp_path / "weighed.gguf", "Q4_0", tmp_path / "importance.npz")
-    exact, *others = (open_gguf(path) for path in (model, tmp_path / "plain.gguf", tmp_path / "weighed.gguf"))
+    plain = theirs(PYTHON, model, tmp_path / "plain.gguf", "Q4_0")
+    weighed = theirs(PYTHON, model, tmp_path / "weighed.gguf", "Q4_0", ours)
+    exact, *others = (open_gguf(path) for path in (model, plain, weighed))
     smaller = 0
     for name in ours.entries:
         if others[0].tensors[name].type != TensorType.Q4_0:  # Q8_0, for one, weighs nothing

@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import mixtures_oracle as oracle
 import shapes
 import tiny_hf
+from llama_quantize import theirs
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -242,15 +243,14 @@ def test_types_of_real_files_assistants_too_are_llama_cpps(tmp_path, kind):
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_a_whole_file_has_llama_cpps_bytes_and_keys(halves, tmp_path, name):
     pytest.importorskip("llama_cpp")
-    program = Path(__file__).parents[1] / "tools/llama_logits.py"
     for model in ("tiny", "tiny-moe"):
-        source, peer = halves / f"{model}-F16.gguf", tmp_path / "peer.gguf"
-        subprocess.run([sys.executable, program, "quantize", source, peer, name], check=True, capture_output=True)
-        ours, theirs = written(source, tmp_path / "ours.gguf", name), open_gguf(peer)
-        assert {k: str(v) for k, v in ours.metadata.items()} == {k: str(v) for k, v in theirs.metadata.items()}
-        assert ours.types == theirs.types
-        assert ours.tensors.keys() == theirs.tensors.keys()
-        for tensor in theirs.tensors.values():
+        source = halves / f"{model}-F16.gguf"
+        peer = open_gguf(theirs(sys.executable, source, tmp_path / "peer.gguf", name))
+        ours = written(source, tmp_path / "ours.gguf", name)
+        assert {k: str(v) for k, v in ours.metadata.items()} == {k: str(v) for k, v in peer.metadata.items()}
+        assert ours.types == peer.types
+        assert ours.tensors.keys() == peer.tensors.keys()
+        for tensor in peer.tensors.values():
             mine = ours.tensors[tensor.name]
             assert mine.type == tensor.type
             if tensor.type in (T[name], T.F32):  # Q6_K is held to its errors elsewhere

@@ -30,6 +30,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from llama_quantize import theirs
 from tiny_tasks import TASKS, draw
 
 from gemma4q import backends
@@ -62,14 +63,13 @@ def make(file: str, folder: Path, peer_python: str) -> Path:
         source = folder / f"{name}-bf16.gguf"
         with planned(ROOT / "tests/data/trained" / name, source, "bf16") as conversion:
             conversion.write()
-    ask(peer_python, "quantize", source, out, kind.upper())
-    return out
+    return theirs(peer_python, source, out, kind.upper())
 
 
 def ask(peer_python: str, *arguments: object) -> None:
     done = subprocess.run([peer_python, PEER, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{PEER.name} {arguments[0]}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{PEER.name}: {done.stderr[-2000:]}")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Measured:
         with tempfile.TemporaryDirectory() as folder:
             texts, out = Path(folder, "texts.json"), Path(folder, "out.npz")
             texts.write_text(json.dumps(self.texts))
-            ask(self.peer_python, "run", self.path, texts, out)
+            ask(self.peer_python, self.path, texts, out)
             with np.load(out) as found:
                 self.about = str(found["about"])
                 keys = {(name, kv): f"{name}-{kv}" for name, kv in product(CLASSES, KV)}

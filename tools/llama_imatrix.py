@@ -1,10 +1,9 @@
 """llama.cpp's part of tests/test_calibration_peers.py, for an interpreter that has llama-cpp-python and no gemma4q.
 
-    python llama_imatrix.py collect MODEL.gguf TEXTS.json OUT.npz        what its matrices meet in texts, lists of ids
-    python llama_imatrix.py quantize IN.gguf OUT.gguf Q4_K_M [IN.npz]    its quantiser, with importance or without
+    python llama_imatrix.py MODEL.gguf TEXTS.json OUT.npz        what its matrices meet in texts, lists of ids
 
 OUT.npz holds of each tensor NAME `NAME.in_sum2` float64 [n, cols], the sums of squares of what its columns were
-multiplied with, and `NAME.counts` int64 [n], the rows; n is 1, or experts. IN.npz holds importance float32 [n, cols].
+multiplied with, and `NAME.counts` int64 [n], the rows; n is 1, or experts.
 """
 
 import ctypes
@@ -113,21 +112,6 @@ def collect(path: str, texts: str, out: str) -> None:
     np.savez(out, **sums, **{f"{name}.counts": values for name, values in found.counts.items()})
 
 
-def quantize(path: str, out: str, kind: str, importance: str | None = None) -> None:
-    params = llama.llama_model_quantize_default_params()
-    params.ftype, params.nthread = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
-    if importance is not None:
-        kept = {name: np.ascontiguousarray(x, np.float32) for name, x in np.load(importance).items()}
-        entry = type(params.imatrix)._type_
-        entries = (entry * (len(kept) + 1))()  # the last one, without a name, ends it
-        for place, (name, x) in zip(entries, kept.items(), strict=False):
-            place.name, place.size = name.encode(), x.size
-            place.data = x.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        params.imatrix = ctypes.cast(entries, type(params.imatrix))
-    if llama.llama_model_quantize(path.encode(), out.encode(), params):
-        raise SystemExit(f"llama.cpp does not quantise {path} to {kind}")
-
-
 if __name__ == "__main__":
     llama.llama_backend_init()
-    {"collect": collect, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
+    collect(*sys.argv[1:])

@@ -1,7 +1,6 @@
 """llama.cpp's part of tools/accuracy.py, for an interpreter that has llama-cpp-python; of gemma4q it needs nothing.
 
-    python llama_logits.py quantize IN.gguf OUT.gguf Q4_K_M      llama.cpp's own quantiser
-    python llama_logits.py run MODEL.gguf TEXTS.json OUT.npz     its logits of texts, lists of token ids, on the CPU
+    python llama_logits.py MODEL.gguf TEXTS.json OUT.npz     its logits of texts, lists of token ids, on the CPU
 
 OUT.npz holds, over the rows of all texts, `prompt-f32` (each text one batch; keys, values and attention in F32),
 `prompt-f16`, `generated-f32` (token by token), `generated-f16`: float32 [rows, vocab]; with `.experts` behind these
@@ -110,13 +109,6 @@ def run(path: str, texts: str, out: str) -> None:
     np.savez(out, **found)
 
 
-def quantize(path: str, out: str, kind: str) -> None:
-    params = llama.llama_model_quantize_default_params()
-    params.ftype, params.nthread = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
-    if llama.llama_model_quantize(path.encode(), out.encode(), params):
-        raise SystemExit(f"llama.cpp does not quantise {path} to {kind}")
-
-
 if __name__ == "__main__":
     llama.llama_backend_init()
-    {"run": run, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
+    run(*sys.argv[1:])

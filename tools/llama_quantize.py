@@ -1,0 +1,74 @@
+"""A model file in llama.cpp's own words: `theirs` has its quantiser make one, beside which ours is looked at.
+
+    python llama_quantize.py JOB.json      for an interpreter that has llama-cpp-python; of gemma4q it needs nothing
+
+JOB.json is {"source", "to", "mixture", "pure", "importance", "types"}: two GGUF files, a name as Q4_K_M, whether all
+tensors get its one type, an npz file of float32 [n, cols] for each tensor (n is 1, or experts) or null, and ggml_type
+by tensor for those that are not to get what the mixture says.
+"""
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from gemma4q.quantize.importance import Importance
+
+
+def theirs(
+    python: str, source: Path, to: Path, mixture: str, importance: "Importance | None" = None, pure: bool = False,
+    types: Mapping[str, int] = {},
+) -> Path:  # fmt: skip
+    """Has llama.cpp write `source` in a mixture to `to`, which is returned.
+
+    python: an interpreter with llama-cpp-python. types: by tensor, instead of the mixture's; what llama.cpp never
+    rounds stays as it is all the same. Raises SystemExit with what it said.
+    """
+    with TemporaryDirectory() as folder:
+        weights = None
+        if importance is not None:
+            found = {name: importance.of(name) for name in importance.entries}
+            weights = str(Path(folder) / "importance.npz")
+            np.savez(weights, **{name: values for name, values in found.items() if values is not None})
+        job = {"source": str(source), "to": str(to), "mixture": mixture, "pure": pure, "importance": weights}
+        job["types"] = {name: int(type) for name, type in types.items()}
+        (path := Path(folder) / "job.json").write_text(json.dumps(job))
+        done = subprocess.run([python, "-P", __file__, path], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{mixture} of {source}: {done.stderr[-2000:]}")
+    return to
+
+
+def quantize(job: Mapping) -> None:
+    """llama.cpp's side."""
+    import llama_cpp as llama
+
+    llama.llama_backend_init()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.pure, params.nthread = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{job['mixture']}"), job["pure"], 1
+    kept = []  # what params points to
+    if job["importance"]:
+        for name, values in np.load(job["importance"]).items():
+            values = np.ascontiguousarray(values, np.float32)
+            data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            kept.append((llama.llama_model_imatrix_data(name.encode(), data, values.size), values))
+        entries = (llama.llama_model_imatrix_data * (len(kept) + 1))(*(entry for entry, _ in kept))
+        params.imatrix = entries  # the last one, without a name, ends it
+    if job["types"]:
+        rules = [(f"^{re.escape(name)}$".encode(), type) for name, type in job["types"].items()]
+        patterns = (llama.llama_model_tensor_override * (len(rules) + 1))(*rules)
+        params.tt_overrides = patterns
+    if llama.llama_model_quantize(job["source"].encode(), job["to"].encode(), ctypes.byref(params)):
+        raise SystemExit("llama.cpp's quantiser failed")
+
+
+if __name__ == "__main__":
+    quantize(json.loads(Path(sys.argv[1]).read_text()))
