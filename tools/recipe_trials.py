@@ -17,33 +17,20 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from tiny_measures import MODELS, chosen, importance, original, scores, written
 from tiny_tasks import TASKS, draw
 
 from gemma4q import load
-from gemma4q.convert.convert import planned as converted
-from gemma4q.measure.calibration import Calibration
-from gemma4q.measure.divergence import Scores, mean
-from gemma4q.measure.evaluate import Speaking, evaluate
-from gemma4q.measure.sensitivity import LONGEST, Divergence
+from gemma4q.measure.divergence import mean
+from gemma4q.measure.evaluate import Speaking
+from gemma4q.measure.sensitivity import LONGEST
 from gemma4q.measure.texts import Passage, conversations, passages
-from gemma4q.quantize.importance import Importance
 from gemma4q.quantize.mixtures import mixture
-from gemma4q.quantize.overrides import Overrides
-from gemma4q.quantize.quantize import Quantization, planned
-from gemma4q.quantize.recipe import recipe
+from gemma4q.quantize.quantize import planned
 from gemma4q.shipped import CALIBRATION, EVALUATION
 
-TRAINED = Path(__file__).parents[1] / "tests/data/trained"
-MODELS = ("tiny", "tiny-moe")
 MIXTURES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 TURNS = 100  # of the tiny models' tasks
-
-
-def importance(path: Path) -> Importance:
-    with Calibration(path) as calibration:
-        talks = passages(conversations(CALIBRATION), calibration.tokenizer, calibration.flavour, everything=True)
-        *_, found = calibration.run(calibration.chunks([talk.ids for talk in talks]), Importance({}))
-    return found
 
 
 def texts(model) -> dict[str, list[Passage]]:
@@ -58,34 +45,17 @@ def texts(model) -> dict[str, list[Passage]]:
     return {"conversations": [p for p in talks if len(p.ids) <= LONGEST], "tasks": turns}
 
 
-def scores(path: Path, base, sets: dict[str, list[Passage]]) -> dict[str, Scores]:
-    with load(path, context=LONGEST) as model:
-        return {
-            name: evaluate(found, range(len(found)), Speaking(model, found), Speaking(base, found))
-            for name, found in sets.items()
-        }
-
-
-def written(plan: Quantization) -> Path:
-    plan.write()
-    return plan.files[0].path
-
-
 def trials(name: str, mixtures: list[str], minutes: float, folder: Path) -> Iterator[dict]:
-    source = folder / f"{name}-BF16.gguf"
-    with converted(TRAINED / name, source, "bf16") as conversion:
-        conversion.write()
-    weights, base = importance(source), load(source, context=LONGEST)
+    source = original(name, folder)
+    weights, base = importance(source, CALIBRATION), load(source, context=LONGEST)
     sets = texts(base)
     for wanted in mixtures:
         theirs = planned(source, folder / "theirs.gguf", mixture(wanted), importance=weights)
         plan = planned(source, folder / f"{name}.gguf", mixture(wanted), importance=weights)
-        choice = recipe(plan, Overrides(), None, False)
-        with Divergence(plan, CALIBRATION, 60 * minutes) as measure:
-            ours, found = choice.choose(choice.errors(2), measure if minutes else None)
-        both = [scores(written(each), base, sets) for each in (theirs, ours)]
+        ours, found = chosen(plan, CALIBRATION, minutes)
+        paths = [written(each) for each in (theirs, ours)]
         for of, passages_of in sets.items():
-            one, other = (side[of] for side in both)
+            one, other = (scores(path, passages_of, Speaking(base, passages_of)) for path in paths)
             yield {
                 "model": name,
                 "mixture": wanted,
