@@ -9,6 +9,7 @@ never saw, so that what is calibrated on the first can be judged on the second.
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from tiny_tasks import TASKS, Example, draw
@@ -27,16 +28,22 @@ def conversation(example: Example) -> dict:
     return line | ({"tools": list(example.tools)} if example.tools else {})
 
 
+def texts(count: int, seed: int = 1, held_back: bool = False, tasks: Sequence[str] = tuple(TASKS)) -> Iterator[str]:
+    """So many lines, of each task in turn."""
+    random = Random(seed)
+    for number in range(count):
+        task = tasks[number % len(tasks)]
+        yield json.dumps(conversation(draw(random, task, held_back)), ensure_ascii=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--held-back", action="store_true", help="texts that no training drew")
     given = parser.parse_args()
-    random = Random(given.seed)
-    for number in range(given.count):
-        task = list(TASKS)[number % len(TASKS)]
-        print(json.dumps(conversation(draw(random, task, given.held_back)), ensure_ascii=False))
+    for line in texts(given.count, given.seed, given.held_back):
+        print(line)
 
 
 if __name__ == "__main__":
