@@ -111,7 +111,7 @@ def test_show_prints_the_card_and_not_its_keys(room):
     value, low, high = found["all"]["divergence"].values()
     line = rf"^all +9 +{found['all']['tokens']} +{value:.6f} ± {(high - low) / 2:.6f} +\d+\.\d\d ± \d+\.\d\d$"
     assert re.search(line, text, re.MULTILINE) and PREFIX not in text
-    assert "quality of Q4_0, without importance,\nbeside tiny-F16.gguf (sha256 " in text
+    assert "quality of Q4_0, without importance, beside tiny-F16.gguf (F16, sha256 " in text
     assert list(found["kinds"]) == list(KINDS) and found["imatrix"] is None
     plain = run("show", room / "tiny-plain.gguf")
     assert "quality" not in plain.stdout and json.loads(run("show", room / "tiny-plain.gguf", "--json").stdout)[
@@ -142,12 +142,13 @@ def test_conversations_that_ship_are_what_is_measured_on(halves, tmp_path, model
 def test_recipe_importance_and_types_by_hand_are_named(room, halves, tmp_path, monkeypatch):
     old = (T.Q4_0, T.Q4_K, T.Q5_K, T.Q6_K, T.Q8_0)
     monkeypatch.setattr("gemma4q.quantize.recipe.Recipe.errors.__defaults__", (lambda done, total: None, old))
+    monkeypatch.setattr("gemma4q.quantize.allocate.MOST_MEASURED", 2)
     source, out, on = halves / "tiny-F16.gguf", tmp_path / "q.gguf", ("--card", "--card-texts", room / "talks.jsonl")
     write_importance(tmp_path / "i.gguf", measured(open_gguf(source)))
     by = ("--imatrix", tmp_path / "i.gguf", "--exclude-weights", "attn_q")
-    done = quantized(source, out, "Q5_K_M", "--recipe", "gemma", "--budget", 0, *on, *by)
+    done = quantized(source, out, "Q5_K_M", "--recipe", "gemma", *on, *by)
     found = card.read(open_gguf(out).metadata)
-    assert done.exit_code == 0 and found.recipe == "gemma, no larger than Q5_K_M"
+    assert done.exit_code == 0 and found.recipe == "gemma, no larger than Q5_K_M" and "rounded alone" in done.stderr
     assert (found.imatrix, found.imatrix_sha256) == ("i.gguf, for some tensors", digest(tmp_path / "i.gguf"))
     assert open_gguf(out).metadata["gemma4q.recipe"] == "gemma" and "weighed by i.gguf, for some" in done.stdout
     done = quantized(source, out, "--target-size", "2MB", "--budget", 0, "--tensor-type", "attn_k=q8_0", *on)

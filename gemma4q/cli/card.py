@@ -79,15 +79,14 @@ def section(card) -> str:
     rows = shown.kind_rows({"all": card.all, "kinds": card.kinds})
     cells = [[column.title for column in table], *([column.show(row) for column in table] for row in rows)]
     by = f"weighed by {_file(card.imatrix, card.imatrix_sha256)}" if card.imatrix else "without importance"
-    beside = f"{_file(card.base, card.base_sha256)} in {printable(card.base_type)}"
-    lines = (
-        f"quality of {printable(card.recipe)}, {by},",
-        f"beside {beside},",
-        f"on the model's turns of {_file(card.conversations, card.conversations_sha256)}, as {printable(card.tool)}",
-        "measured it (KL divergence in nats a token; ± half of a 95 % interval over texts)",
-    )
-    return "\n".join(lines) + "\n" + columns(cells, right=range(1, len(table)))
+    return "\n".join((
+        f"quality of {printable(card.recipe)}, {by}, beside {_file(card.base, card.base_sha256, card.base_type)}",
+        columns(cells, right=range(1, len(table))),
+        f"on the model's turns of {_file(card.conversations, card.conversations_sha256)}; by {printable(card.tool)}",
+        "KL divergence in nats a token; ±: half of a 95 % interval over texts",
+    ))  # fmt: skip
 
 
-def _file(name: str, digest: str | None) -> str:
-    return f"{printable(name)} (sha256 {printable(digest or '?')[:DIGITS]}…)"
+def _file(name: str, digest: str | None, type: str = "") -> str:
+    facts = [*([printable(type)] if type else []), f"sha256 {printable(digest or '?')[:DIGITS]}…"]
+    return f"{printable(name)} ({', '.join(facts)})"

@@ -15,6 +15,7 @@ import numpy as np
 from ..engine.memory import MemoryPlan, available_memory, plan_memory
 from ..engine.model import Model, Prepared, kv_type
 from ..errors import Gemma4qError, printable
+from ..gguf.writer import natural_type
 from ..quantize.quantize import Quantization
 from . import machine
 from .card import FIGURES, LONGEST_WORD, MOST_KINDS, Card, without
@@ -101,8 +102,9 @@ class Quality:
     def carded(self, plan: Quantization) -> Quantization:
         """The plan with a card whose figures are missing, in place of any other."""
         (file,) = plan.files
-        metadata = without(file.metadata) | self.empty.keys()
-        return replace(plan, files=[replace(file, metadata=metadata, types=without(file.types))])
+        keys = self.empty.keys()
+        types = without(file.types) | {key: natural_type(value) for key, value in keys.items()}
+        return replace(plan, files=[replace(file, metadata=without(file.metadata) | keys, types=types)])
 
     def measure(self, path: Path, progress: Progress = lambda done, total: None) -> Card:
         """The card of the file at `path`, which is whole. progress: how many tokens were read of how many.
