@@ -18,6 +18,7 @@ from tiny import tiny
 from gemma4q import Gemma4qError
 from gemma4q.abi import TensorType as T
 from gemma4q.cli import cli
+from gemma4q.convert.convert import planned as converted
 from gemma4q.convert.output import Planned, write_files
 from gemma4q.convert.split import split
 from gemma4q.engine.memory import RUNTIME
@@ -33,6 +34,7 @@ from gemma4q.shipped import EVALUATION
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from random import Random
 
+import tiny_hf
 from tiny_tasks import draw
 from tiny_texts import conversation
 
@@ -279,6 +281,10 @@ def test_what_cannot_have_a_card_is_said_before_the_work(room, halves, tmp_path,
     (tmp_path / "in/mute.gguf").write_bytes(chatty().replace(b"<|turn>", b"<|tern>"))
     (tmp_path / "in/bare.gguf").write_bytes(chatty().replace(b"tokenizer.chat_template", b"tokenizer.chat_templatX"))
     (tmp_path / "in/void.gguf").write_bytes(chatty().replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX"))
+    with converted(
+        tiny_hf.make("e2b-assistant", tmp_path / "in/hf"), tmp_path / "in/drafter.gguf", "bf16"
+    ) as conversion:
+        conversion.write()
     talk = json.loads(texts.read_text().splitlines()[0])
     (tmp_path / "in/many.jsonl").write_text("".join(json.dumps(talk | {"kind": f"k{i}"}) + "\n" for i in range(101)))
     for arguments, wanted in (
@@ -287,6 +293,10 @@ def test_what_cannot_have_a_card_is_said_before_the_work(room, halves, tmp_path,
         (
             (tmp_path / "in/bare.gguf", out, "Q8_0", "--card"),
             "missing_key: this model cannot chat (it has no tokenizer.",
+        ),
+        (
+            (tmp_path / "in/drafter.gguf", out, "Q8_0", "--card"),
+            f"bad_arch: {tmp_path / 'in/drafter.gguf'} is an assist",
         ),
         ((tmp_path / "in/void.gguf", out, "Q8_0", "--card"), "missing_key: tokenizer.ggml.tokens"),
         ((source, out, "Q8_0", "--card", "--card-texts", source), "bad_text: "),
