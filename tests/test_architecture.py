@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "measure": BELOW_ENGINE | {"engine"},
     "measure.calibration": BELOW_ENGINE | {"engine", "quantize.importance"},
     "measure.sensitivity": BELOW_ENGINE | {"engine", "quantize.quantize"},
+    "measure.quality": BELOW_ENGINE | {"engine", "quantize.quantize"},
     "measure.logits_file": {"convert.output"},
     "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "quantize", "measure"},
     "__init__": {"engine"},

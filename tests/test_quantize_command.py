@@ -118,7 +118,7 @@ def test_slips_on_the_command_line_are_one_line(halves, tmp_path, run):
         ((out, "Q8_0", 4), "Threads are an option here: -t 4"),
         ((out, "Q8_0", "x"), "Got unexpected extra argument (x)"),
         ((out, "Q8_0", "-t", 0), "Invalid value for '-t'"),
-        ((out, "COPY", "--pure"), "COPY changes no tensor: it takes no types, no --recipe and no --imatrix"),
+        ((out, "COPY", "--pure"), "COPY changes no tensor: it takes no types, no --recipe, no --imatrix and no --card"),
         ((out, "Q8_0", "--include-weights", "a"), "choose from an --imatrix"),
         ((out, "Q8_0", "--include-weights", "a", "--exclude-weights", "b"), "exclude each other"),
     ):

@@ -30,8 +30,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from answer_trials import counted
 from llama_quantize import theirs
 from plot_types import draw, fill, read
-from tiny_measures import original, scores, talks, write_csv
-from type_trials import IN_BLOCKS, PURE, TASKS, Judge, Trial, all_trials, ratio, row, together, verdict
+from tiny_measures import JUDGED, original, scores, talks, write_csv
+from type_trials import IN_BLOCKS, PURE, Judge, Trial, all_trials, ratio, row, together, verdict
 
 PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -108,7 +108,7 @@ def test_a_file_is_no_distance_from_itself_and_files_of_the_same_weights_are_rea
 
 
 def test_no_text_is_both_calibrated_on_and_scored(tmp_path):
-    read, held = talks(tmp_path / "a.jsonl"), talks(tmp_path / "b.jsonl", 160, 2, True, TASKS)
+    read, held = talks(tmp_path / "a.jsonl"), talks(tmp_path / "b.jsonl", 160, 2, True, JUDGED)
     lines = [set(path.read_text().splitlines()) for path in (read, held)]
     assert len(lines[1]) > 155 and not lines[0] & lines[1]
 

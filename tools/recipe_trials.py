@@ -36,7 +36,7 @@ def trials(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dic
     source, read = original(name, folder), talks(folder / "read.jsonl")
     held = conversations(talks(folder / "held.jsonl", options.texts, 2, True, JUDGED))
     weights = importance(source, read)
-    with load(source, context=LONGEST) as model:
+    with load(source, context=LONGEST, threads=1) as model:
         judged = passages(held, model.tokenizer, model.flavour)
         base = Remembered(Speaking(model, judged))
         for wanted in options.mixtures:

@@ -53,13 +53,13 @@ def written(plan: Quantization) -> Path:
     return plan.files[0].path
 
 
-def scores(path: Path, found: Sequence[Passage], base: Rows, threads: int | None = None) -> Scores:
+def scores(path: Path, found: Sequence[Passage], base: Rows, threads: int = 1) -> Scores:
     """What a model file makes of passages, beside what the original says of them."""
     with load(path, context=LONGEST, threads=threads) as model:
         return evaluate(found, range(len(found)), Speaking(model, found), base, model.threads.count)
 
 
-def chosen(plan: Quantization, talks: Path, minutes: float, threads: int = 2) -> tuple[Quantization, Allocation]:
+def chosen(plan: Quantization, talks: Path, minutes: float, threads: int = 1) -> tuple[Quantization, Allocation]:
     """The recipe `gemma` for the bytes of a plan, with trial models that read conversations for so many minutes."""
     choice = recipe(plan, Overrides(), None, False)
     with Divergence(plan, talks, 60 * minutes, threads) as measure:

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from ..errors import Gemma4qError
+from . import card as judging
 from . import options
 from . import recipe as choosing
-from .terminal import columns, human_bytes, note, progress, warn
+from .terminal import columns, human_bytes, note, warn
 
 EXAMPLES = """
 \b
@@ -22,6 +23,7 @@ Examples:
   gemma4q quantize gemma-4-31B-it-BF16-00001-of-00004.gguf out.gguf Q8_0 --keep-split
   gemma4q quantize gemma-4-E2B-it-BF16.gguf Q4_K_M --recipe gemma --imatrix imatrix.gguf   # as large, and better
   gemma4q quantize gemma-4-26B-A4B-it-BF16.gguf small.gguf --target-size 12GB --imatrix imatrix.gguf
+  gemma4q quantize gemma-4-E2B-it-BF16.gguf Q4_K_M --card       # measured beside BF16; `gemma4q show` prints it
   gemma4q quantize MODEL.gguf renamed.gguf COPY --override-kv general.name=str:Mine
 
 \b
@@ -67,6 +69,7 @@ files = options.together(
 @choosing.recipes
 @types
 @weights
+@judging.cards
 @files
 @options.threads
 @options.as_json
@@ -74,22 +77,22 @@ def quantize(
     model: str, words: tuple[str, ...], imatrix: str | None, include_weights: tuple[str, ...],
     exclude_weights: tuple[str, ...], allow_requantize: bool, settings: tuple[str, ...], keep_split: bool,
     dry_run: bool, threads: int | None, as_json: bool, recipe: str | None, target_size: str | None, budget: float,
-    texts: Path | None, **wishes,
+    recipe_texts: Path | None, card: bool, card_texts: Path | None, **wishes,
 ) -> None:  # fmt: skip
     """Write a model file in smaller tensor types: a type for all, or a mixture under llama.cpp's name.
 
     OUT appears when it is whole; a GGUF file of the same name is then replaced. Without OUT the file is written beside
     MODEL, called after its type.
     """
-    from ..engine.threads import choose_threads
     from ..quantize.mixtures import mixture
     from ..quantize.overrides import importance_keys, setting
     from ..quantize.quantize import planned
 
+    texts = judging.texts(card, card_texts)
     (out, name), target = _words(words, target_size), _target(target_size, wishes["pure"], recipe)
     chosen, overrides = mixture(name), _overrides(**wishes)
-    if chosen.base is None and (imatrix or recipe or any(value for value in wishes.values())):
-        raise click.UsageError("COPY changes no tensor: it takes no types, no --recipe and no --imatrix")
+    if chosen.base is None and (imatrix or recipe or card or any(value for value in wishes.values())):
+        raise click.UsageError("COPY changes no tensor: it takes no types, no --recipe, no --imatrix and no --card")
     importance = _importance(imatrix, include_weights, exclude_weights)
     label = target_size or (f"{chosen.name}-{recipe}" if recipe else None)
     plan = planned(
@@ -97,17 +100,22 @@ def quantize(
         importance_keys(importance, imatrix) if importance else (), keep_split, allow_requantize, label,
     )  # fmt: skip
     _check_imatrix(imatrix, plan)
-    found = None
+    found = quality = measured = None
+    if texts:
+        how, some = judging.recipe(chosen.name, target_size, recipe, overrides), bool(include_weights + exclude_weights)
+        plan, quality = judging.prepared(plan, texts, how, imatrix, some, dry_run, threads)
     if recipe or target_size:
-        plan, found = choosing.choose(plan, overrides, target, budget, texts, allow_requantize, dry_run, threads)
+        plan, found = choosing.choose(plan, overrides, target, budget, recipe_texts, allow_requantize, dry_run, threads)
     if not dry_run:
-        with progress("quantizing") as advance:
-            plan.write(advance, choose_threads(threads).count)
+        measured = judging.write(plan, quality, threads)
     if as_json:
         facts = _described(plan, label or chosen.name, dry_run)
-        click.echo(json.dumps(facts | (choosing.described(found) if found else {})))
+        facts |= choosing.described(found) if found else {}
+        click.echo(json.dumps(facts | ({"quality": measured.described()} if measured else {})))
     else:
         click.echo((_table(plan) + "\n\n" if dry_run else "") + _summary(plan))
+        if measured:
+            click.echo("\n" + judging.section(measured))
     if found:
         choosing.say(found)
     _notes(plan, overrides, dry_run)

@@ -22,7 +22,7 @@ recipes = options.together(
         help="Time to measure trial models in; 0: go by the sums of errors alone.",
     ),
     click.option(
-        "--texts", type=click.Path(path_type=Path), metavar="FILE",
+        "--recipe-texts", type=click.Path(path_type=Path), metavar="FILE",
         help="Conversations to measure them with, a JSON object a line; default: those that ship.",
     ),
 )  # fmt: skip

@@ -7,8 +7,9 @@ from collections import Counter
 import click
 
 from ..errors import Gemma4qError, printable
+from . import card as judging
 from .options import as_json, command, model
-from .terminal import columns, human_bytes
+from .terminal import columns, human_bytes, warn
 
 SHOWN = 3  # first values of an array
 
@@ -19,7 +20,10 @@ SHOWN = 3  # first values of an array
 @click.option("--template", is_flag=True, help="Print the chat template alone.")
 @as_json
 def show(model: str, tensors: bool, template: bool, as_json: bool) -> None:
-    """Print what a model file holds: metadata, tensor types, and on request every tensor or the chat template."""
+    """Print what a model file holds: metadata, tensor types, what `quantize --card` measured of it.
+
+    On request every tensor, or the chat template alone.
+    """
     from ..gguf.reader import open_gguf
 
     file = open_gguf(model)
@@ -49,6 +53,16 @@ def _which_template(file) -> str | None:
     return known_as(text) or "custom" if isinstance(text, str) else None
 
 
+def _card(file):
+    """The file's quality card, if any, and what is wrong with one that cannot be read."""
+    from ..measure.card import read
+
+    try:
+        return read(file.metadata), None
+    except Gemma4qError as error:
+        return None, error.message
+
+
 def _tensors(file) -> list[dict]:
     from ..gguf.types import type_name
 
@@ -57,11 +71,14 @@ def _tensors(file) -> list[dict]:
 
 
 def _everything(file) -> dict:
-    tensors = _tensors(file)
+    tensors, (card, fault) = _tensors(file), _card(file)
+    if fault:
+        warn(f"quality: {fault}: this card cannot be read")
     return {
         "files": [str(part.path) for part in file.files],
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "template": _which_template(file),
+        "quality": card.described() if card else None,
         "types": _bytes_by_type(tensors),
         "bytes": sum(tensor["bytes"] for tensor in tensors),
         "tensors": tensors,
@@ -69,15 +86,18 @@ def _everything(file) -> dict:
 
 
 def _summary(file) -> str:
-    tensors = _tensors(file)
+    tensors, (card, fault) = _tensors(file), _card(file)
     sizes, counts = _bytes_by_type(tensors), Counter(tensor["type"] for tensor in tensors)
     parts = f", {len(file.files)} files" if len(file.files) > 1 else ""
     types = [(name, f"{counts[name]} tensors", human_bytes(size)) for name, size in sizes.items()]
+    shown_below = card.keys() if card else ()
+    listed = [(printable(key), _short(value)) for key, value in file.metadata.items() if key not in shown_below]
     sections = (
         f"{printable(str(file.path))}: {len(tensors)} tensors, {human_bytes(sum(sizes.values()))}{parts}",
-        columns([(printable(key), _short(value)) for key, value in file.metadata.items()]),
+        columns(listed),
         f"chat template: {_which_template(file) or 'none'}",
         columns(types, right=(1, 2)),
+        judging.section(card) if card else f"quality: {fault}: this card cannot be read" if fault else "",
     )
     return "\n\n".join(filter(None, sections))
 

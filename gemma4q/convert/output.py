@@ -21,6 +21,7 @@ from ..gguf.writer import TensorData, Types, header, write_tensors
 
 SUFFIX = ".part"
 Progress = Callable[[int, int], None]
+Late = Callable[[Path], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,15 @@ class Planned:
         return len(self.header) + sum(-(-tensor.nbytes // align) * align for tensor in self.tensors)
 
 
-def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Progress | None = None) -> None:
+def write_files(
+    planned: Sequence[Planned], inputs: Iterable[int], progress: Progress | None = None, late: Late | None = None
+) -> None:
     """Writes all files, or none; files of the same names are replaced once all is written.
 
     `inputs`: descriptors of open files that are read meanwhile and must not be written to. `progress` is told how many
-    bytes of how many are written. Raises same_file, not_gguf (a file of another sort has the name), not_found,
-    not_writable, no_space, busy, io; and what making the tensors raises.
+    bytes of how many are written. `late` is told where the first file lies when all is written, and gives keys of it
+    that are known only then, in place of others as long. Raises same_file, not_gguf (a file of another sort has the
+    name), not_found, not_writable, no_space, busy, io; and what making the tensors and `late` raise.
     """
     for file in planned:
         check_target(file.path, inputs)
@@ -70,6 +74,8 @@ def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Pro
                 done += tensor.nbytes
             out.flush()
             os.fsync(out.fileno())
+        if late:
+            _fill(planned[0], *parts[0], late)
         appear([file.path for file in planned], [path for path, _ in parts])
     except BaseException as error:
         for path, _ in parts:
@@ -81,6 +87,17 @@ def write_files(planned: Sequence[Planned], inputs: Iterable[int], progress: Pro
         for _, out in parts:
             with contextlib.suppress(OSError):
                 out.close()
+
+
+def _fill(file: Planned, part: Path, out: BinaryIO, late: Late) -> None:
+    """Puts the keys that `late` gives into a file that is whole but for them."""
+    known = replace(file, metadata={**file.metadata, **late(part)}).header
+    if len(known) != len(file.header):
+        raise ValueError("keys that are known late take as many bytes as those they replace")
+    out.seek(0)
+    out.write(known)
+    out.flush()
+    os.fsync(out.fileno())
 
 
 def _told(tensor: TensorData, progress: Progress | None, before: int, total: int) -> TensorData:

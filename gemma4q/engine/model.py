@@ -61,6 +61,11 @@ class Prepared:
     def __init__(self, path, backend="auto", isa=None, threads=None, context=None, kv="auto", sequences=1):
         self.isa = isa
         self.gguf, self.config, self.weights = open_model(path)
+        if self.config.target_width:
+            fault = (
+                "is an assistant: it drafts for another model, whose keys and values it reads, and says nothing alone"
+            )
+            raise Gemma4qError("bad_arch", f"{self.gguf.path} {fault}")
         self.backend = backends.get(backend)
         self.threads = choose_threads(threads)
         self.kv = kv_type(kv, {name: tensor.type for name, tensor in self.weights.tensors.items()})

@@ -24,6 +24,7 @@ from .texts import Passage
 ROW_BYTES = 24  # for a token of the vocabulary: two rows, and one that is being made or kept in float64
 BLOCK = 32  # rows at a time: as many as a step of the engine gives
 FIRST_DEPTH = 128  # ranges of positions end here, and at each power of two beyond
+IN_TURN = "run `gemma4q eval BASE --save-logits FILE`, and then say --base-file FILE instead of --against"
 Progress = Callable[[int, int], None]
 
 
@@ -146,8 +147,8 @@ def check_vocabulary(model: Mapping, base: Mapping) -> None:
         raise Gemma4qError("bad_base", f"{fault}: they cannot be compared")
 
 
-def check_memory(paths: Sequence[str], plans: Sequence[MemoryPlan], vocab: int) -> str:
-    """What one model or two will take with the rows of a block, in a line. Raises `too_big` with a remedy.
+def check_memory(paths: Sequence[str], plans: Sequence[MemoryPlan], vocab: int, remedy: str = IN_TURN) -> str:
+    """What one model or two will take with the rows of a block, in a line. Raises `too_big`, for two with `remedy`.
 
     Of one model the weights may be larger than memory, which is slow; two that take turns would then wait for the disk
     in every block.
@@ -159,7 +160,6 @@ def check_memory(paths: Sequence[str], plans: Sequence[MemoryPlan], vocab: int) 
     what = f"{needed / MB:,.0f} MB of memory, beside {weights / MB:,.0f} MB of weights in files"
     there = f"{have / MB:,.0f} MB are there ({why})"
     if len(plans) > 1 and needed + weights > have:
-        remedy = "run `gemma4q eval BASE --save-logits FILE`, and then say --base-file FILE instead of --against"
         raise Gemma4qError("too_big", f"both models take {what}; {there}: {remedy}")
     if needed > have:
         raise Gemma4qError("too_big", f"{what} are needed; {there}: use less context, or a smaller model")

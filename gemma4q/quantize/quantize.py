@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..abi import BLOCKS, TensorType
-from ..convert.output import Planned, Progress, write_files
+from ..convert.output import Late, Planned, Progress, write_files
 from ..convert.split import SPLIT_TYPES, parts_of, stem_of
 from ..errors import Gemma4qError
 from ..gguf.reader import GGUF, Tensor, open_gguf
@@ -27,7 +27,8 @@ from .overrides import Overrides, Setting, changed
 from .stream import Importance, Stream
 
 QUANTIZATION_VERSION = 2
-OF_IMPORTANCE = "quantize.imatrix."  # keys that say which importance a file was made with
+RECIPE = "gemma4q.recipe"  # the key of the recipe that chose a file's types
+OF_ANOTHER = ("quantize.imatrix.", RECIPE, "gemma4q.quality.")  # how keys begin that say how this very file was made
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class Quantization:
         kinds = {key: first.types[key] for key in metadata}
         return replace(self, files=[Planned(path, metadata, kinds, tensors)])
 
-    def write(self, progress: Progress | None = None, threads: int | None = None) -> None:
-        """Writes all files or none, on all CPUs we may run on or so many threads.
+    def write(self, progress: Progress | None = None, threads: int | None = None, late: Late | None = None) -> None:
+        """Writes all files or none, on all CPUs we may run on or so many threads. `late`: as for `write_files`.
 
         Raises the kinds of `write_files`; no_native; numeric for a value that is not finite or too large for its type;
         model_changed.
@@ -122,7 +123,7 @@ class Quantization:
         with closing(Stream(self.gguf, tensors, types, self.importance, threads, frozenset(self.kept))) as stream:
             data = {tensor.name: tensor for tensor in stream.data()}
             files = [replace(file, tensors=[data[tensor.name] for tensor in file.tensors]) for file in self.files]
-            write_files(files, [source.fileno for source in self.gguf.files], progress)
+            write_files(files, [source.fileno for source in self.gguf.files], progress, late)
 
 
 def planned(
@@ -156,8 +157,7 @@ def planned(
     if mixture.base == TensorType.Q4_0:
         wished |= _larger_for_nothing(gguf, grid, wished, overrides)
     named = [("general.quantization_version", QUANTIZATION_VERSION), ("general.file_type", mixture.file_type)]
-    dropped = {key for key in gguf.metadata if key.startswith(OF_IMPORTANCE)}
-    gguf = replace(gguf, metadata={key: value for key, value in gguf.metadata.items() if key not in dropped})
+    gguf = replace(gguf, metadata={k: value for k, value in gguf.metadata.items() if not k.startswith(OF_ANOTHER)})
     settings = [*named, *importance_keys, *settings]
     return rewritten(gguf, to, wished, settings, importance, keep_split, allow_requantize, grid)
 

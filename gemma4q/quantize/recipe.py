@@ -14,9 +14,9 @@ from .allocate import Allocation, Measure, allocate
 from .mixtures import HEAD, MIXTURES, asked, is_rounded
 from .noise import CANDIDATES, Errors, Progress, errors, free
 from .overrides import Overrides
-from .quantize import Quantization, check_sources
+from .quantize import RECIPE, Quantization, check_sources
 
-NAME, KEY = "gemma", "gemma4q.recipe"
+NAME = "gemma"
 ALIGNMENT = 32  # of tensors in a file: what lies between two of them is less
 UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB"))}
 UNITS |= {unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB"), 1)}
@@ -57,7 +57,7 @@ class Recipe:
         Raises bad_option where the budget is too small; what `measure` raises.
         """
         found = allocate(self.base.gguf.tensors, lost, self.fixed, self.budget, measure, self._starts(lost))
-        keys = [(KEY, NAME), ("general.file_type", _file_type(self.base, found.types))]
+        keys = [(RECIPE, NAME), ("general.file_type", _file_type(self.base, found.types))]
         return self.base.retyped(found.types, keys), found
 
     def _starts(self, lost: Errors) -> dict[str, dict[str, int]]:
