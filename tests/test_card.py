@@ -150,7 +150,7 @@ def test_recipe_importance_and_types_by_hand_are_named(room, halves, tmp_path, m
     by = ("--imatrix", tmp_path / "i.gguf", "--exclude-weights", "attn_q")
     done = quantized(source, out, "Q5_K_M", "--recipe", "gemma", *on, *by)
     found = card.read(open_gguf(out).metadata)
-    assert done.exit_code == 0 and found.recipe == "gemma, no larger than Q5_K_M" and "rounded alone" in done.stderr
+    assert done.exit_code == 0 and found.recipe == "gemma, no larger than Q5_K_M" and "KL divergence" in done.stderr
     assert (found.imatrix, found.imatrix_sha256) == ("i.gguf, for some tensors", digest(tmp_path / "i.gguf"))
     assert open_gguf(out).metadata["gemma4q.recipe"] == "gemma" and "weighed by i.gguf, for some" in done.stdout
     done = quantized(source, out, "--target-size", "2MB", "--budget", 0, "--tensor-type", "attn_k=q8_0", *on)
