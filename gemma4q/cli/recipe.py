@@ -11,6 +11,7 @@ from . import options
 from .terminal import columns, note, progress
 
 BUDGET = 20.0  # minutes
+MOST_SHOWN = 20  # trial models
 
 recipes = options.together(
     click.option(
@@ -88,8 +89,10 @@ def say(found) -> None:
         return
     rows = [("rounded", "tensors", "noise / energy", "foretold", "KL divergence")]
     most = sorted(found.points, key=lambda point: (-len(point.types), -point.divergence))
-    rows += [(p.name, len(p.types), *map(_short, (p.noise, p.foretold, p.divergence))) for p in most]
+    rows += [(p.name, len(p.types), *map(_short, (p.noise, p.foretold, p.divergence))) for p in most[:MOST_SHOWN]]
     note(columns(rows, right=(1, 2, 3, 4)))
+    if len(most) > MOST_SHOWN:
+        note(f"and {len(most) - MOST_SHOWN} trial models more, which --json lists")
     for what, rank in (("noise", found.of_noise), ("what was foretold", found.of_foretold)):
         if rank is not None:
             note(f"rank correlation of {what} with KL divergence: {rank:.2f}")
