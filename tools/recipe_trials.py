@@ -8,6 +8,7 @@ are weighed by one importance matrix. It and the recipe's trial models read text
 scored are turns of tasks held back from training. `less` is how much smaller the recipe's divergence is, with a 95 %
 interval over texts: pairs of the same tokens. A row "ours" has the mixture's types rounded by our encoders, and "noise"
 what the recipe chooses without trial models: so the rows show what is the encoders', the sums' and the trials' part.
+"size" is --target-size with the size of llama.cpp's file.
 """
 
 import argparse
@@ -43,13 +44,19 @@ def trials(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dic
             peer = theirs(options.python, source, folder / "theirs.gguf", wanted, weights)
             other = scores(peer, judged, base)
             mixed = planned(source, folder / f"{name}.gguf", mixture(wanted), importance=weights)
-            plan, found = chosen(mixed, read, options.minutes)
-            for side, each in (("ours", mixed), ("noise", chosen(mixed, read, 0)[0]), ("recipe", plan)):
-                path = written(each)
+            any_size = planned(source, folder / f"{name}.gguf", mixture("Q8_0"), importance=weights)
+            sides = {
+                "ours": (mixed, None),
+                "noise": chosen(mixed, read, 0),
+                "recipe": chosen(mixed, read, options.minutes),
+                "size": chosen(any_size, read, options.minutes, target=peer.stat().st_size),
+            }
+            for side, (plan, found) in sides.items():
+                path = written(plan)
                 row = {"model": name, "mixture": wanted, "side": side}
                 row |= {"bytes": tensor_bytes(peer), "our_bytes": tensor_bytes(path)}
                 row |= compared(other, scores(path, judged, base))
-                yield row | (measured(found) if side == "recipe" else {})
+                yield row | (measured(found) if found and found.points else {})
 
 
 def compared(theirs: Scores, ours: Scores) -> dict:

@@ -59,9 +59,12 @@ def scores(path: Path, found: Sequence[Passage], base: Rows, threads: int = 1) -
         return evaluate(found, range(len(found)), Speaking(model, found), base, model.threads.count)
 
 
-def chosen(plan: Quantization, talks: Path, minutes: float, threads: int = 1) -> tuple[Quantization, Allocation]:
-    """The recipe `gemma` for the bytes of a plan, with trial models that read conversations for so many minutes."""
-    choice = recipe(plan, Overrides(), None, False)
+def chosen(
+    plan: Quantization, talks: Path, minutes: float, threads: int = 1, target: int | None = None
+) -> tuple[Quantization, Allocation]:
+    """The recipe `gemma` for the bytes of a plan, or for a file of `target` bytes, with trial models that read
+    conversations for so many minutes."""
+    choice = recipe(plan, Overrides(), target, False)
     with Divergence(plan, talks, 60 * minutes, threads) as measure:
         return choice.choose(choice.errors(threads), measure if minutes else None)
 
