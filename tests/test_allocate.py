@@ -15,7 +15,7 @@ from gemma4q.gguf.reader import open_gguf
 from gemma4q.measure.sensitivity import Divergence
 from gemma4q.model import open_model
 from gemma4q.quantize import noise
-from gemma4q.quantize.allocate import OF_TENSOR, OF_TYPE, Point, allocate, correlation, foretold, part
+from gemma4q.quantize.allocate import OF_TENSOR, OF_TYPE, USUAL, Point, allocate, correlation, foretold, part
 from gemma4q.quantize.choose import Option, choose, hull
 from gemma4q.quantize.encode import Encoder
 from gemma4q.quantize.grid import Grid
@@ -156,13 +156,12 @@ def test_a_choice_gets_as_good_as_if_every_harm_were_known(half, lost):
     def measure(types):
         return sum(true[n][type] for n, type in types.items() if type != tensors[n].type)
 
-    def harm(found) -> float:
-        return sum(true[name][found.types[name]] for name in lost)
-
-    known, blind, found = (allocate(tensors, *given) for given in (
-        (true, {}, budget), (lost, {}, budget), (lost, {}, budget, measure)
-    ))  # fmt: skip
-    assert harm(known) < 0.8 * harm(blind) and harm(found) < harm(known) + 0.05 * (harm(blind) - harm(known))
+    blind, found = (allocate(tensors, lost, {}, budget, by) for by in (None, measure))
+    others = sum(tensor.nbytes for name, tensor in tensors.items() if name not in lost)
+    options = {n: [Option(t, size_of(tensors[n], t), harm) for t, harm in types.items()] for n, types in true.items()}
+    known = sum(option.harm for option in choose(options, budget - others).values())
+    of_blind, of_found = (sum(true[name][each.types[name]] for name in lost) for each in (blind, found))
+    assert known < 0.8 * of_blind and of_found < known + 0.05 * (of_blind - known)
     assert found.of_foretold > found.of_noise and found.nbytes <= budget
 
 
@@ -254,8 +253,8 @@ def test_a_recipe_takes_no_more_bytes_than_its_mixture_and_does_less_harm(half, 
     wanted = recipe(base, words, None, False)
     plan, found = wanted.choose(wanted.errors(2, candidates=OLD))
     assert sum(c.data.nbytes for c in plan.changes) == found.nbytes <= sum(c.data.nbytes for c in base.changes)
-    theirs = sum(lost[c.tensor.name].get(c.type, 0) for c in base.changes if c.tensor.name in lost)
-    assert found.harm < theirs
+    theirs = {c.tensor.name: lost[c.tensor.name].get(c.type, 0) for c in base.changes if c.tensor.name in lost}
+    assert found.harm < sum(USUAL.get(part(name), 1) * noise for name, noise in theirs.items())
     types = {c.tensor.name: c.type for c in plan.changes}
     assert types["token_embd.weight"] == types["per_layer_token_embd.weight"] == T.Q8_0, "a person's word"
     plan.write()

@@ -1,9 +1,9 @@
 """Types chosen tensor by tensor: the least harm that a number of bytes allows.
 
-Harm of a tensor in a type is `noise`, where nothing else is known. Where somebody can measure a whole model, it is what
-the model's Kullback-Leibler divergence says of it: of models of which one part alone is rounded, of halves of parts,
-and of models with what was the best choice so far. What is chosen depends on nothing but the model, the importance, and
-what was measured.
+Harm of a tensor in a type is `noise`, times what is usual for its part where nothing else is known. Where somebody can
+measure a whole model, it is what the model's Kullback-Leibler divergence says of it: of models of which one part alone
+is rounded, of halves of parts, and of models with what was the best choice so far. What is chosen depends on nothing
+but the model, the importance, and what was measured.
 """
 
 import re
@@ -22,6 +22,12 @@ MOST_MEASURED = 200  # models
 # How wide the factors are by which the harm of a tensor is off, in all types and in one; and what a divergence is.
 OF_TENSOR, OF_TYPE, MEASURED = 0.5, 0.3, 0.03
 LEAST = 0.1  # of what a harm was thought to be
+# How much noise of a part matters where nobody can measure, 1 for the others: about as in both trained models, but
+# nearer to each other (tools/recipe_trials.py).
+USUAL = {
+    "token_embd": 32.0, "output": 32.0, "attn_v": 4.0, "attn_output": 4.0, "ffn_down": 3.0,
+    "ffn_gate_up_exps": 0.25, "ffn_down_exps": 0.25,
+}  # fmt: skip
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)\.weight")
 
 Types = Mapping[str, int]
@@ -112,13 +118,13 @@ class Search:
         for name in lost:
             self.parts.setdefault(part(name), []).append(name)
         self.points: list[Point] = []
-        self.weight: dict[str, float] | None = None  # of each tensor's noise; None: nobody knows
+        self.weight, self.weighed = {name: USUAL.get(part(name), 1.0) for name in lost}, False
 
     def nbytes(self, types: Types) -> int:
         return sum(size_of(self.tensors[name], type) for name, type in types.items())
 
-    def harms(self) -> Errors:
-        return foretold(self.lost, self.weight, self.points) if self.weight else self.lost
+    def harms(self) -> dict[str, dict[int, float]]:
+        return foretold(self.lost, self.weight, self.points if self.weighed else ())
 
     def choice(self) -> dict[str, int]:
         """What does the least harm, going by all that was measured."""
@@ -159,7 +165,7 @@ class Search:
                 halves.append(self.points[-1])
 
     def _weigh(self) -> bool:
-        """Each part alone, all others left as they are, largest first; what was not measured is like most others."""
+        """Each part alone, all others left as they are, largest first; others are as usual beside them."""
         bits = 8 * self.room / sum(prod(self.tensors[name].shape) for name in self.lost)
         sizes = {part: sum(self.tensors[name].nbytes for name in names) for part, names in self.parts.items()}
         found, in_time = {}, True
@@ -170,8 +176,9 @@ class Search:
                 break
             if self.points[-1].noise > 0:
                 found |= dict.fromkeys(types, max(self.points[-1].divergence, 0.0) / self.points[-1].noise)
-        usual = float(np.median(list(found.values()))) if found else 1.0
-        self.weight = {name: found.get(name, usual) for name in self.lost}
+        scale = float(np.median([weight / self.weight[name] for name, weight in found.items()])) if found else 1.0
+        self.weight = {name: found.get(name, scale * usual) for name, usual in self.weight.items()}
+        self.weighed = True
         return in_time
 
     def _measured(self, name: str, types: Types) -> bool:
@@ -180,7 +187,7 @@ class Search:
         if divergence is None:
             return False
         sums = [sum(of[n].get(type, 0.0) for n, type in types.items()) for of in (self.lost, self.harms())]
-        self.points.append(Point(name, dict(types), sums[0], divergence, sums[1] if self.weight else None))
+        self.points.append(Point(name, dict(types), sums[0], divergence, sums[1] if self.weighed else None))
         return True
 
 
