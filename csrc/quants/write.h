@@ -63,16 +63,6 @@ static void K(codes_of)(const group_lanes *b, const search_form *f, const block_
         for (int i = 0; i < 16; i++) q[i * f->values + j] = (uint8_t)code[i];
     }
 }
-/* In each run of bytes the first codes lie lowest, the next ones above them: what decode.h and gguf's readers undo. */
-static INLINE void K(gather)(const uint8_t *q, int count, int run, int bits, int down, uint8_t *out) {
-    const int mask = (1 << bits) - 1;
-    for (int at = 0; at < count; at += run * 8 / bits, out += run)
-        for (int j = 0; j < run; j++) {
-            int byte = 0;
-            for (int n = 0; n < 8 / bits; n++) byte |= (q[at + n * run + j] >> down & mask) << n * bits;
-            out[j] = (uint8_t)byte;
-        }
-}
 /* Eight 6-bit scales and eight 6-bit minima in 12 bytes. */
 static INLINE void K(pack_sixes)(const uint8_t k[8], const uint8_t l[8], uint8_t out[12]) {
     for (int g = 0; g < 4; g++) {
@@ -96,24 +86,22 @@ static void K(write_block)(int32_t type, const block_lanes *c, float least, floa
         case TYPE_IQ4_NL: { /* of one layout */
             BLOCK(q4_0);
             b->d = d;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
+            K(pack)(q, b->qs, NULL);
         } break;
         case TYPE_Q4_1: {
             BLOCK(q4_1);
             b->d = d, b->m = minimum;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
+            K(pack)(q, b->qs, NULL);
         } break;
         case TYPE_Q5_0: {
             BLOCK(q5_0);
             b->d = d;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
-            K(gather)(q, 32, 1, 1, 4, b->qh);
+            K(pack)(q, b->qs, b->qh);
         } break;
         case TYPE_Q5_1: {
             BLOCK(q5_1);
             b->d = d, b->m = minimum;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
-            K(gather)(q, 32, 1, 1, 4, b->qh);
+            K(pack)(q, b->qs, b->qh);
         } break;
         case TYPE_Q8_0: {
             BLOCK(q8_0);
@@ -125,7 +113,7 @@ static void K(write_block)(int32_t type, const block_lanes *c, float least, floa
             uint8_t code[32];
             for (int i = 0; i < 32; i++) code[i] = (uint8_t)(q[i] < 7 ? 15 - q[i] : q[i] - 7);
             b->e = (uint8_t)(ilogbf(c->d[first] * unit) + 128);
-            K(gather)(code, 32, 16, 4, 0, b->qs);
+            K(pack)(code, b->qs, NULL);
         } break;
         case TYPE_IQ4_XS: {
             BLOCK(iq4_xs);
@@ -134,7 +122,7 @@ static void K(write_block)(int32_t type, const block_lanes *c, float least, floa
             K(gather)(k, 8, 1, 4, 0, b->scales_l);
             K(gather)(k, 8, 1, 2, 4, high);
             b->scales_h = (uint16_t)(high[0] | high[1] << 8);
-            for (int g = 0; g < 8; g++) K(gather)(q + 32 * g, 32, 16, 4, 0, b->qs + 16 * g);
+            for (int g = 0; g < 8; g++) K(pack)(q + 32 * g, b->qs + 16 * g, NULL);
         } break;
         case TYPE_Q2_K: {
             BLOCK(q2_k);
