@@ -11,7 +11,7 @@ static const float K(gap_fp4)[14] = {4, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4};
 static const search_form K(forms)[TYPE_COUNT] = {
     [TYPE_Q4_0] = {32, 1, 0, -8, 7, 1, 1, 0, NULL, NULL, {{0}, {34, -2, 0.35f}}},
     [TYPE_Q5_0] = {32, 1, 0, -16, 15, 1, 1, 0, NULL, NULL, {{0}, {40, -3, 0.375f}}},
-    [TYPE_Q8_0] = {32, 1, 0, -127, 127, 1, 1, 0, NULL, NULL, {{0}, {4, -10, 4}}},
+    [TYPE_Q8_0] = {32, 1, 0, -127, 127, 1, 1, 0, NULL, NULL, {{0}, {6, -10, 2}}},
     [TYPE_Q4_1] = {32, 1, ANY_SIGN, 0, 15, 1, 1, 0, NULL, NULL, {{0}, {12, -0.75f, 0.45f}}},
     [TYPE_Q5_1] = {32, 1, ANY_SIGN, 0, 31, 1, 1, 0, NULL, NULL, {{0}, {12, -1.8f, 0.6f}}},
     [TYPE_MXFP4] = {32, 1, 0, -12, 12, 1, 1, 14, K(above_fp4), K(gap_fp4), {{0}, {0}}},
@@ -71,15 +71,15 @@ static INLINE void K(pack_sixes)(const uint8_t k[8], const uint8_t l[8], uint8_t
         out[g + 8] = (uint8_t)((k[g + 4] & 15) | l[g + 4] << 4);
     }
 }
-static void K(write_block)(int32_t type, const block_lanes *c, float least, float unit, int first, const uint8_t *q,
-                           uint8_t *out) {
+static void K(write_block)(int32_t type, const search_form *f, const block_lanes *c, float unit, int first,
+                           const uint8_t *q, uint8_t *out) {
 #define BLOCK(name) block_##name *b = (block_##name *)out
     const f16 d = K(half_of_float)(c->d[first] * unit), dmin = K(half_of_float)(c->dmin[first] * unit);
     const f16 minimum = K(half_of_float)(-c->dmin[first] * unit);
     uint8_t k[16], l[16];
-    for (int g = 0; g < 16; g++) {
-        k[g] = (uint8_t)(int32_t)(c->k[(first + g) % 16] - least);
-        l[g] = (uint8_t)(int32_t)c->l[(first + g) % 16];
+    for (int g = 0; g < f->groups; g++) {
+        k[g] = (uint8_t)(int32_t)(c->k[first + g] - f->least);
+        l[g] = (uint8_t)(int32_t)c->l[first + g];
     }
     switch (type) {
         case TYPE_Q4_0:
@@ -179,10 +179,11 @@ static void K(search_blocks)(int32_t type, const float *x, int64_t rows, int64_t
         }
         if (f->groups > 1) K(choose_shared)(&b, f, weighted, &c);
         else if (type == TYPE_MXFP4) K(choose_power)(&b, f, &c);
+        else if (type == TYPE_Q8_0) K(choose_fine)(&b, f, weighted, &c);
         else K(choose_alone)(&b, f, weighted, &c);
         K(codes_of)(&b, f, &c, codes);
         for (int n = 0; n < at_once && from + n < blocks; n++, out += size.bytes)
-            K(write_block)(type, &c, f->least, b.unit[n * f->groups], n * f->groups, codes + n * size.values, out);
+            K(write_block)(type, f, &c, b.unit[n * f->groups], n * f->groups, codes + n * size.values, out);
     }
 }
 static void K(encode)(int32_t type, const float *x, int64_t rows, int64_t cols, const float *importance, uint8_t *out) {
