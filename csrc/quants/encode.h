@@ -44,16 +44,16 @@ static INLINE float K(furthest)(const float x[32]) {
     return e.high > -e.low ? e.high : e.low;
 }
 /* d; the furthest value's code is 0, which stands for -levels / 2. */
-static INLINE float K(codes_around_zero)(const float x[32], int levels, uint8_t q[32]) {
+static INLINE float K(codes_around_zero)(const float x[32], int levels, int32_t q[32]) {
     const float d = K(furthest)(x) / (float)(-levels / 2), inverse = K(inverse)(d), middle = (float)levels / 2 + 0.5f;
     for (int i = 0; i < 32; i++) {
         const int32_t code = K(whole)(x[i] * inverse + middle);
-        q[i] = (uint8_t)(code < levels ? code : levels - 1);
+        q[i] = code < levels ? code : levels - 1;
     }
     return d;
 }
 /* d and the lowest value, of zeros the first, since they have signs. */
-static INLINE float K(codes_above_lowest)(const float x[32], int levels, uint8_t q[32], float *lowest) {
+static INLINE float K(codes_above_lowest)(const float x[32], int levels, int32_t q[32], float *lowest) {
     K(ends) e = K(ends_of)(x);
     if (e.low == 0.0f) {
         int i = 0;
@@ -61,33 +61,26 @@ static INLINE float K(codes_above_lowest)(const float x[32], int levels, uint8_t
         e.low = x[i];
     }
     const float d = (e.high - e.low) / (float)(levels - 1), inverse = K(inverse)(d);
-    for (int i = 0; i < 32; i++) q[i] = (uint8_t)K(whole)((x[i] - e.low) * inverse + 0.5f);
+    for (int i = 0; i < 32; i++) q[i] = K(whole)((x[i] - e.low) * inverse + 0.5f);
     *lowest = e.low;
     return d;
 }
-/* In each run of bytes the first codes lie lowest, the next ones above them: what decode.h and gguf's readers undo. */
-static INLINE void K(gather)(const uint8_t *q, int count, int run, int bits, int down, uint8_t *out) {
-    const int mask = (1 << bits) - 1;
-    for (int at = 0; at < count; at += run * 8 / bits, out += run)
-        for (int j = 0; j < run; j++) {
-            int byte = 0;
-            for (int n = 0; n < 8 / bits; n++) byte |= (q[at + n * run + j] >> down & mask) << n * bits;
-            out[j] = (uint8_t)byte;
-        }
-}
-/* Codes of 32 values, of four bits, or of five where there is room for the fifth. */
-static INLINE void K(pack)(const uint8_t q[32], uint8_t qs[16], uint8_t *qh) {
-    K(gather)(q, 32, 16, 4, 0, qs);
-    if (qh) K(gather)(q, 32, 1, 1, 4, qh);
+/* Codes of four bits, or of five where there is room for the fifth. */
+static INLINE void K(pack)(const int32_t q[32], uint8_t qs[16], uint8_t *qh) {
+    for (int i = 0; i < 16; i++) qs[i] = (uint8_t)((q[i] & 15) | q[i + 16] << 4);
+    if (!qh) return;
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; i++) bits |= (uint32_t)(q[i] >> 4) << i;
+    for (int i = 0; i < 4; i++) qh[i] = (uint8_t)(bits >> 8 * i);
 }
 
 static INLINE void K(plain_around_zero)(const float x[32], f16 *d, uint8_t qs[16], uint8_t *qh) {
-    uint8_t q[32];
+    int32_t q[32];
     *d = K(half_of_float)(K(codes_around_zero)(x, qh ? 32 : 16, q));
     K(pack)(q, qs, qh);
 }
 static INLINE void K(plain_above_lowest)(const float x[32], f16 *d, f16 *m, uint8_t qs[16], uint8_t *qh) {
-    uint8_t q[32];
+    int32_t q[32];
     float lowest;
     *d = K(half_of_float)(K(codes_above_lowest)(x, qh ? 32 : 16, q, &lowest));
     *m = K(half_of_float)(lowest);
@@ -126,28 +119,30 @@ static INLINE void K(plain_block_q8_0)(const float x[32], block_q8_0 *b) {
     for (int i = 0; i < 32; i++) b->qs[i] = (int8_t)q[i];
 }
 /* The code of the nearest, the lower of two; distances are rounded as ggml rounds them. */
-static INLINE void K(codes_fp4)(const float x[32], float d, uint8_t q[32]) {
+static INLINE void K(codes_fp4)(const float x[32], float d, int32_t q[32]) {
     static const float sizes[8] = {0, 1, 2, 3, 4, 6, 8, 12};
     float least[32];
-    int32_t code[32] = {0};
-    for (int i = 0; i < 32; i++) least[i] = fabsf(x[i]);
+    for (int i = 0; i < 32; i++) {
+        least[i] = fabsf(x[i]);
+        q[i] = 0;
+    }
 #pragma GCC unroll 1
     for (int k = 1; k < 8; k++) {
         const float value = sizes[k] * d;
         for (int i = 0; i < 32; i++) {
             const float distance = fabsf(value - fabsf(x[i]));
-            code[i] = distance < least[i] ? k : code[i];
+            q[i] = distance < least[i] ? k : q[i];
             least[i] = distance < least[i] ? distance : least[i];
         }
     }
-    for (int i = 0; i < 32; i++) q[i] = (uint8_t)(x[i] < 0.0f && code[i] ? code[i] + 8 : code[i]);
+    for (int i = 0; i < 32; i++) q[i] += x[i] < 0.0f && q[i] ? 8 : 0;
 }
 static INLINE void K(plain_block_mxfp4)(const float x[32], block_mxfp4 *b) {
     const float top = K(top_size)(x, 32);
     b->e = top > 0.0f ? (uint8_t)((int32_t)floorf(log2f(top)) + 125) : 0; /* modulo 256, as in ggml, below 2^-125 */
     const uint32_t bits = K(e8m0)(b->e);
     float d;
-    uint8_t q[32];
+    int32_t q[32];
     __builtin_memcpy(&d, &bits, 4);
     K(codes_fp4)(x, d, q);
     K(pack)(q, b->qs, NULL);

@@ -145,14 +145,19 @@ static INLINE void K(refit)(const group_lanes *b, const search_form *f, const fi
 
 /* The lowest and the highest value of each group; with MULTIPLES for minima zero is among them. */
 static void K(ends_of_groups)(const group_lanes *b, const search_form *f, lanes low, lanes high) {
+    lanes least, most; /* of this function alone, so that they stay in registers */
     EACH {
-        low[i] = f->minima == MULTIPLES ? 0.0f : b->x[0][i];
-        high[i] = b->x[0][i];
+        least[i] = f->minima == MULTIPLES ? 0.0f : b->x[0][i];
+        most[i] = b->x[0][i];
     }
     for (int j = 0; j < f->values; j++) EACH {
-            low[i] = b->x[j][i] < low[i] ? b->x[j][i] : low[i];
-            high[i] = b->x[j][i] > high[i] ? b->x[j][i] : high[i];
+            least[i] = b->x[j][i] < least[i] ? b->x[j][i] : least[i];
+            most[i] = b->x[j][i] > most[i] ? b->x[j][i] : most[i];
         }
+    EACH {
+        low[i] = least[i];
+        high[i] = most[i];
+    }
 }
 /* The lowest value lies `under` codes below the first one, the highest `over` above the last. Without minima it is the
  * value furthest from zero that lies so far beyond the first code or, on the other `side`, the last. */

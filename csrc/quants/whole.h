@@ -195,27 +195,28 @@ static void K(choose_alone)(const group_lanes *b, const search_form *f, int weig
     K(round_alone)(b, f, &again, &s, &kept);
     K(take_alone)(&kept, best);
 }
+static INLINE void K(try_stored)(const group_lanes *b, const search_form *f, fit_lanes *fit, fit_lanes *best) {
+    EACH fit->scale[i] = K(stored)(fit->scale[i], b->unit[i], 0);
+    K(weigh)(b, f, fit);
+    K(keep_better)(fit, best);
+}
 /* Codes so fine that which half float they are multiplied by is but a draw of all values' errors: starts are tried as
  * half floats, and the best one alone is solved for its codes. Codes are alike on both sides of zero. */
 static void K(choose_fine)(const group_lanes *b, const search_form *f, int weighted, block_lanes *best) {
     const float from = f->starts[weighted].from, step = f->starts[weighted].step;
     const int tries = f->starts[weighted].tries;
-    fit_lanes kept = {0}, tried;
+    fit_lanes fit, kept = {0};
     sum_lanes s;
     lanes low, high;
     K(ends_of_groups)(b, f, low, high);
     EACH kept.error[i] = INFINITY;
-    for (int n = 0; n <= tries; n++) {
-        if (n < tries) {
-            K(start_at)(f, low, high, 0.0f, from + step * (float)n, 0, &tried);
-        } else {
-            K(measure)(b, f, &kept, &s);
-            K(refit)(b, f, &kept, &s, &tried);
-        }
-        EACH tried.scale[i] = K(stored)(tried.scale[i], b->unit[i], 0);
-        K(weigh)(b, f, &tried);
-        K(keep_better)(&tried, &kept);
+    for (int n = 0; n < tries; n++) {
+        K(start_at)(f, low, high, 0.0f, from + step * (float)n, 0, &fit);
+        K(try_stored)(b, f, &fit, &kept);
     }
+    K(measure)(b, f, &kept, &s);
+    K(refit)(b, f, &kept, &s, &fit);
+    K(try_stored)(b, f, &fit, &kept);
     K(take_alone)(&kept, best);
 }
 /* A power of two for each group: 2^-128 at least, as in MXFP4. */

@@ -28,24 +28,27 @@ static const search_form K(forms)[TYPE_COUNT] = {
  * kept where that costs nothing. */
 static void K(lay)(const search_form *f, const float *x, const float *importance, int first, group_lanes *b) {
     const int size = f->values * f->groups;
-    float unit = K(top_size)(x, size), most = importance ? K(top_size)(importance, size) : 0.0f;
+    float unit = K(top_size)(x, size), most = importance ? K(top_size)(importance, size) : 0.0f, w[256];
     uint32_t bits;
     __builtin_memcpy(&bits, &unit, 4);
     bits = bits < 0x00800000 ? 0x00800000 : bits & 0x7f800000; /* its power of two, a normal one */
     __builtin_memcpy(&unit, &bits, 4);
     const float inverse = 1.0f / unit;
+    for (int i = 0; i < size; i++) {
+        const float share = most > 0.0f ? importance[i] / most : 1.0f;
+        w[i] = share > 1e-6f ? share : 1e-6f;
+    }
     for (int g = 0; g < f->groups; g++) {
-        float sum = 0.0f;
         for (int j = 0; j < f->values; j++) {
-            const float share = most > 0.0f ? importance[g * f->values + j] / most : 1.0f,
-                        w = share > 1e-6f ? share : 1e-6f;
             b->x[j][first + g] = x[g * f->values + j] * inverse;
-            b->w[j][first + g] = w;
-            sum += w;
+            b->w[j][first + g] = w[g * f->values + j];
         }
-        b->weight[first + g] = sum;
         b->unit[first + g] = unit;
     }
+}
+static void K(sum_weights)(const search_form *f, group_lanes *b) {
+    EACH b->weight[i] = 0.0f;
+    for (int j = 0; j < f->values; j++) EACH b->weight[i] += b->w[j][i];
 }
 
 /* Codes from 0 up, group after group. */
@@ -62,6 +65,21 @@ static void K(codes_of)(const group_lanes *b, const search_form *f, const block_
         if (!f->steps) EACH code[i] = (int32_t)(K(between)(f->low, K(nearest)(t[i]), f->high) - f->low);
         for (int i = 0; i < 16; i++) q[i * f->values + j] = (uint8_t)code[i];
     }
+}
+/* In each run of bytes the first codes lie lowest, the next ones above them: what decode.h and gguf's readers undo. */
+static INLINE void K(gather)(const uint8_t *q, int count, int run, int bits, int down, uint8_t *out) {
+    const int mask = (1 << bits) - 1;
+    for (int at = 0; at < count; at += run * 8 / bits, out += run)
+        for (int j = 0; j < run; j++) {
+            int byte = 0;
+            for (int n = 0; n < 8 / bits; n++) byte |= (q[at + n * run + j] >> down & mask) << n * bits;
+            out[j] = (uint8_t)byte;
+        }
+}
+static INLINE void K(pack_bytes)(const uint8_t q[32], uint8_t qs[16], uint8_t *qh) {
+    int32_t code[32];
+    for (int i = 0; i < 32; i++) code[i] = q[i];
+    K(pack)(code, qs, qh);
 }
 /* Eight 6-bit scales and eight 6-bit minima in 12 bytes. */
 static INLINE void K(pack_sixes)(const uint8_t k[8], const uint8_t l[8], uint8_t out[12]) {
@@ -86,22 +104,22 @@ static void K(write_block)(int32_t type, const search_form *f, const block_lanes
         case TYPE_IQ4_NL: { /* of one layout */
             BLOCK(q4_0);
             b->d = d;
-            K(pack)(q, b->qs, NULL);
+            K(pack_bytes)(q, b->qs, NULL);
         } break;
         case TYPE_Q4_1: {
             BLOCK(q4_1);
             b->d = d, b->m = minimum;
-            K(pack)(q, b->qs, NULL);
+            K(pack_bytes)(q, b->qs, NULL);
         } break;
         case TYPE_Q5_0: {
             BLOCK(q5_0);
             b->d = d;
-            K(pack)(q, b->qs, b->qh);
+            K(pack_bytes)(q, b->qs, b->qh);
         } break;
         case TYPE_Q5_1: {
             BLOCK(q5_1);
             b->d = d, b->m = minimum;
-            K(pack)(q, b->qs, b->qh);
+            K(pack_bytes)(q, b->qs, b->qh);
         } break;
         case TYPE_Q8_0: {
             BLOCK(q8_0);
@@ -110,8 +128,8 @@ static void K(write_block)(int32_t type, const search_form *f, const block_lanes
         } break;
         case TYPE_MXFP4: { /* 0 .. 12 are codes 0 .. 7, and -1 .. -12 are 9 .. 15 */
             BLOCK(mxfp4);
-            uint8_t code[32];
-            for (int i = 0; i < 32; i++) code[i] = (uint8_t)(q[i] < 7 ? 15 - q[i] : q[i] - 7);
+            int32_t code[32];
+            for (int i = 0; i < 32; i++) code[i] = q[i] < 7 ? 15 - q[i] : q[i] - 7;
             b->e = (uint8_t)(ilogbf(c->d[first] * unit) + 128);
             K(pack)(code, b->qs, NULL);
         } break;
@@ -122,7 +140,7 @@ static void K(write_block)(int32_t type, const search_form *f, const block_lanes
             K(gather)(k, 8, 1, 4, 0, b->scales_l);
             K(gather)(k, 8, 1, 2, 4, high);
             b->scales_h = (uint16_t)(high[0] | high[1] << 8);
-            for (int g = 0; g < 8; g++) K(pack)(q + 32 * g, b->qs + 16 * g, NULL);
+            for (int g = 0; g < 8; g++) K(pack_bytes)(q + 32 * g, b->qs + 16 * g, NULL);
         } break;
         case TYPE_Q2_K: {
             BLOCK(q2_k);
@@ -177,6 +195,7 @@ static void K(search_blocks)(int32_t type, const float *x, int64_t rows, int64_t
             const int64_t at = (from + n < blocks ? from + n : blocks - 1) * size.values;
             K(lay)(f, x + at, importance ? importance + at % cols : NULL, n * f->groups, &b);
         }
+        K(sum_weights)(f, &b);
         if (f->groups > 1) K(choose_shared)(&b, f, weighted, &c);
         else if (type == TYPE_MXFP4) K(choose_power)(&b, f, &c);
         else if (type == TYPE_Q8_0) K(choose_fine)(&b, f, weighted, &c);
