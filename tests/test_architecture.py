@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "quantize": {"model", "gguf", "abi", "convert.output", "convert.split"},
     "measure": BELOW_ENGINE | {"engine"},
     "measure.calibration": BELOW_ENGINE | {"engine", "quantize.importance"},
-    "measure.sensitivity": BELOW_ENGINE | {"engine", "quantize.quantize"},
+    "measure.sensitivity": BELOW_ENGINE | {"engine", "quantize.quantize", "convert.output"},
     "measure.quality": BELOW_ENGINE | {"engine", "quantize.quantize"},
     "measure.logits_file": {"convert.output"},
     "cli": BELOW_ENGINE | {"shipped", "engine", "convert", "quantize", "measure"},

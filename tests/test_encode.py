@@ -1,8 +1,6 @@
 """quantize/encode.py against gguf-py: its bytes where it has quantisers, and what its decoder makes of all of ours."""
 
-import ctypes
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,7 +21,10 @@ from gemma4q.errors import Gemma4qError
 from gemma4q.gguf import quants
 from gemma4q.quantize.encode import Encoder
 
-PLAIN = [TensorType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")]
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from encode_oracle import PLAIN, quantiser
+
+DATA = Path(__file__).parent / "data"
 each_plain = pytest.mark.parametrize("kind", PLAIN, ids=lambda kind: kind.name)
 each_kind = pytest.mark.parametrize("kind", QUANTS, ids=lambda kind: kind.name)
 
@@ -79,6 +80,18 @@ def test_without_importance_the_bytes_are_ggufs(encoder, kind, data):
         warnings.simplefilter("ignore")
         theirs = oracle.quantize(x, GGMLQuantizationType(int(kind))).view("u1")
     np.testing.assert_array_equal(encoder.encode(x, kind), theirs)
+
+
+@each_plain
+def test_blocks_are_those_that_llama_cpp_has_written(kind):
+    """Of values that gguf-py and C round differently too; and of two models, whose files llama-quantize made."""
+    known = np.load(DATA / "encode.npz")
+    names = [name for name in known.files if name.endswith(f" as {kind.name}")]
+    assert len(names) >= 8
+    for isa in ISAS:
+        for name in names:
+            found = Encoder(1, isa).encode(known[name.removesuffix(f" as {kind.name}")], kind)
+            np.testing.assert_array_equal(found, known[name], err_msg=f"{isa} {name}")
 
 
 @pytest.mark.parametrize("kind", [TensorType.Q4_0, TensorType.Q5_0], ids=lambda kind: kind.name)
@@ -226,30 +239,15 @@ def test_floats_go_through(encoder):
 @pytest.fixture(scope="module")
 def ggml():
     """ggml_quantize_chunk(type, x, importance) -> bytes."""
-    program = "from importlib.util import find_spec as found; print(getattr(found('llama_cpp'), 'origin', ''))"
-    python = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
-    package = subprocess.run([python, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
-    libraries = sorted((Path(package).parent / "lib").glob("libggml-base.*")) if package else []
-    if not libraries:
-        pytest.skip("llama-cpp-python is not here")
-    function = ctypes.CDLL(str(libraries[0])).ggml_quantize_chunk
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = ctypes.c_int, pointer, pointer, number, number, number, pointer
-    function.restype = ctypes.c_size_t
-
-    def quantize(kind, x, importance=None):
-        out = np.zeros((len(x), row_bytes(kind, x.shape[1])), "u1")
-        given = None if importance is None else importance.ctypes.data
-        assert function(kind, x.ctypes.data, out.ctypes.data, 0, *x.shape, given) == out.nbytes
-        return out
-
-    return quantize
+    return quantiser(os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)) or pytest.skip(
+        "no llama-cpp-python is here"
+    )
 
 
 def trained() -> dict[str, np.ndarray]:
     """Every matrix of the two trained models whose rows are whole blocks of 256; experts one below the other."""
     found = {}
-    for folder in sorted((Path(__file__).parent / "data" / "trained").iterdir()):
+    for folder in sorted((DATA / "trained").iterdir()):
         for tensor in open_checkpoint(folder).values():
             if len(tensor.shape) > 1 and tensor.shape[-1] % 256 == 0:
                 bits = tensor.read(0, tensor.size)

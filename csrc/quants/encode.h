@@ -65,40 +65,38 @@ static INLINE float K(codes_above_lowest)(const float x[32], int levels, int32_t
     *lowest = e.low;
     return d;
 }
-static INLINE void K(pack_nibbles)(const int32_t q[32], uint8_t qs[16]) {
+/* Codes of four bits, or of five where there is room for the fifth. */
+static INLINE void K(pack)(const int32_t q[32], uint8_t qs[16], uint8_t *qh) {
     for (int i = 0; i < 16; i++) qs[i] = (uint8_t)((q[i] & 15) | q[i + 16] << 4);
-}
-static INLINE void K(pack_fifths)(const int32_t q[32], uint8_t qh[4]) {
+    if (!qh) return;
     uint32_t bits = 0;
     for (int i = 0; i < 32; i++) bits |= (uint32_t)(q[i] >> 4) << i;
     for (int i = 0; i < 4; i++) qh[i] = (uint8_t)(bits >> 8 * i);
 }
 
-static INLINE void K(plain_block_q4_0)(const float x[32], block_q4_0 *b) {
+static INLINE void K(plain_around_zero)(const float x[32], f16 *d, uint8_t qs[16], uint8_t *qh) {
     int32_t q[32];
-    b->d = K(half_of_float)(K(codes_around_zero)(x, 16, q));
-    K(pack_nibbles)(q, b->qs);
+    *d = K(half_of_float)(K(codes_around_zero)(x, qh ? 32 : 16, q));
+    K(pack)(q, qs, qh);
 }
-static INLINE void K(plain_block_q4_1)(const float x[32], block_q4_1 *b) {
+static INLINE void K(plain_above_lowest)(const float x[32], f16 *d, f16 *m, uint8_t qs[16], uint8_t *qh) {
     int32_t q[32];
-    float low;
-    b->d = K(half_of_float)(K(codes_above_lowest)(x, 16, q, &low));
-    b->m = K(half_of_float)(low);
-    K(pack_nibbles)(q, b->qs);
+    float lowest;
+    *d = K(half_of_float)(K(codes_above_lowest)(x, qh ? 32 : 16, q, &lowest));
+    *m = K(half_of_float)(lowest);
+    K(pack)(q, qs, qh);
+}
+static INLINE void K(plain_block_q4_0)(const float x[32], block_q4_0 *b) {
+    K(plain_around_zero)(x, &b->d, b->qs, NULL);
 }
 static INLINE void K(plain_block_q5_0)(const float x[32], block_q5_0 *b) {
-    int32_t q[32];
-    b->d = K(half_of_float)(K(codes_around_zero)(x, 32, q));
-    K(pack_nibbles)(q, b->qs);
-    K(pack_fifths)(q, b->qh);
+    K(plain_around_zero)(x, &b->d, b->qs, b->qh);
+}
+static INLINE void K(plain_block_q4_1)(const float x[32], block_q4_1 *b) {
+    K(plain_above_lowest)(x, &b->d, &b->m, b->qs, NULL);
 }
 static INLINE void K(plain_block_q5_1)(const float x[32], block_q5_1 *b) {
-    int32_t q[32];
-    float low;
-    b->d = K(half_of_float)(K(codes_above_lowest)(x, 32, q, &low));
-    b->m = K(half_of_float)(low);
-    K(pack_nibbles)(q, b->qs);
-    K(pack_fifths)(q, b->qh);
+    K(plain_above_lowest)(x, &b->d, &b->m, b->qs, b->qh);
 }
 static INLINE float K(top_size)(const float *x, int n) {
     int32_t top = 0;
@@ -147,7 +145,7 @@ static INLINE void K(plain_block_mxfp4)(const float x[32], block_mxfp4 *b) {
     int32_t q[32];
     __builtin_memcpy(&d, &bits, 4);
     K(codes_fp4)(x, d, q);
-    K(pack_nibbles)(q, b->qs);
+    K(pack)(q, b->qs, NULL);
 }
 
 #define PLAIN(name)                                                                                                    \

@@ -61,7 +61,7 @@ static INLINE void K(nearest_codes)(const search_form *f, int steps, const lanes
         EACH q[i] += t[i] > above ? gap : 0.0f;
     }
 }
-/* The error of a scale and a minimum and what `refit` needs to better them. */
+/* The error of a scale and a minimum, and where `sums` is not NULL what `refit` needs to better them. */
 static INLINE void K(measure_as)(const group_lanes *b, const search_form *f, int minima, int steps,
                                  fit_lanes *restrict fit, sum_lanes *restrict sums) {
     lanes inverse, error = {0}, sum_r = {0}, sum_rq = {0}, sum_q = {0}, sum_qq = {0};
@@ -76,33 +76,44 @@ static INLINE void K(measure_as)(const group_lanes *b, const search_form *f, int
         EACH {
             const float r = u[i] - fit->scale[i] * q[i], wr = b->w[j][i] * r, wq = b->w[j][i] * q[i];
             error[i] += wr * r;
-            sum_rq[i] += wr * q[i];
-            sum_qq[i] += wq * q[i];
-            if (minima) {
+            if (sums) {
+                sum_rq[i] += wr * q[i];
+                sum_qq[i] += wq * q[i];
+            }
+            if (sums && minima) {
                 sum_r[i] += wr;
                 sum_q[i] += wq;
             }
         }
     }
+    EACH fit->error[i] = error[i];
+    if (!sums) return;
     EACH {
-        fit->error[i] = error[i];
         sums->r[i] = sum_r[i];
         sums->rq[i] = sum_rq[i];
         sums->q[i] = sum_q[i];
         sums->qq[i] = sum_qq[i];
     }
 }
+#define APART static __attribute__((noinline)) void
 #define MEASURE(name, minima, steps)                                                                                   \
-    static __attribute__((noinline)) void K(name)(const group_lanes *b, const search_form *f, fit_lanes *fit,          \
-                                                  sum_lanes *sums) {                                                   \
+    APART K(measure_##name)(const group_lanes *b, const search_form *f, fit_lanes *fit, sum_lanes *sums) {             \
         K(measure_as)(b, f, minima, steps, fit, sums);                                                                 \
+    }                                                                                                                  \
+    APART K(weigh_##name)(const group_lanes *b, const search_form *f, fit_lanes *fit) {                                \
+        K(measure_as)(b, f, minima, steps, fit, NULL);                                                                 \
     }
-MEASURE(measure_minima, 1, 0)
-MEASURE(measure_scales, 0, 0)
-MEASURE(measure_stepped, 0, f->steps)
+MEASURE(minima, 1, 0)
+MEASURE(scales, 0, 0)
+MEASURE(stepped, 0, f->steps)
 #undef MEASURE
+#undef APART
 static void K(measure)(const group_lanes *b, const search_form *f, fit_lanes *fit, sum_lanes *sums) {
     (f->minima ? K(measure_minima) : f->steps ? K(measure_stepped) : K(measure_scales))(b, f, fit, sums);
+}
+/* The error alone. */
+static void K(weigh)(const group_lanes *b, const search_form *f, fit_lanes *fit) {
+    (f->minima ? K(weigh_minima) : f->steps ? K(weigh_stepped) : K(weigh_scales))(b, f, fit);
 }
 
 /* The best scale and minimum for the codes that a fit was measured with, and the error left then. */
@@ -134,14 +145,19 @@ static INLINE void K(refit)(const group_lanes *b, const search_form *f, const fi
 
 /* The lowest and the highest value of each group; with MULTIPLES for minima zero is among them. */
 static void K(ends_of_groups)(const group_lanes *b, const search_form *f, lanes low, lanes high) {
+    lanes least, most; /* of this function alone, so that they stay in registers */
     EACH {
-        low[i] = f->minima == MULTIPLES ? 0.0f : b->x[0][i];
-        high[i] = b->x[0][i];
+        least[i] = f->minima == MULTIPLES ? 0.0f : b->x[0][i];
+        most[i] = b->x[0][i];
     }
     for (int j = 0; j < f->values; j++) EACH {
-            low[i] = b->x[j][i] < low[i] ? b->x[j][i] : low[i];
-            high[i] = b->x[j][i] > high[i] ? b->x[j][i] : high[i];
+            least[i] = b->x[j][i] < least[i] ? b->x[j][i] : least[i];
+            most[i] = b->x[j][i] > most[i] ? b->x[j][i] : most[i];
         }
+    EACH {
+        low[i] = least[i];
+        high[i] = most[i];
+    }
 }
 /* The lowest value lies `under` codes below the first one, the highest `over` above the last. Without minima it is the
  * value furthest from zero that lies so far beyond the first code or, on the other `side`, the last. */

@@ -62,7 +62,6 @@ static void K(choose_whole)(const group_lanes *b, const search_form *f, const fi
         for (int second = 0; second <= !!f->minima; second++) { /* the nearest l, and the one beyond what is wanted */
             block_lanes here = *c;
             fit_lanes tried;
-            sum_lanes unused;
             EACH {
                 here.k[i] = K(between)(f->least, K(nearest)(fit->scale[i] * inverse[i]) + (float)n, f->most);
                 tried.scale[i] = c->d[i] * here.k[i];
@@ -73,7 +72,7 @@ static void K(choose_whole)(const group_lanes *b, const search_form *f, const fi
                 here.l[i] = K(between)(0.0f, second ? exact > l ? l + 1.0f : l - 1.0f : l, f->most);
             }
             K(fit_of)(&here, &tried);
-            K(measure)(b, f, &tried, &unused);
+            K(weigh)(b, f, &tried);
             EACH {
                 const int32_t better = tried.error[i] < c->error[i];
                 c->error[i] = better ? tried.error[i] : c->error[i];
@@ -165,15 +164,21 @@ static void K(choose_shared)(const group_lanes *b, const search_form *f, int wei
 static void K(round_alone)(const group_lanes *b, const search_form *f, const fit_lanes *fit, const sum_lanes *s,
                            fit_lanes *best) {
     fit_lanes tried = {0};
-    sum_lanes unused;
     for (int n = -1; n <= 1; n++) {
         EACH tried.scale[i] = K(stored)(fit->scale[i], b->unit[i], n);
         if (f->minima) {
             K(minimum_for)(b, fit, s, tried.scale, tried.minimum);
             EACH tried.minimum[i] = K(stored)(tried.minimum[i], b->unit[i], 0);
         }
-        K(measure)(b, f, &tried, &unused);
+        K(weigh)(b, f, &tried);
         K(keep_better)(&tried, best);
+    }
+}
+static INLINE void K(take_alone)(const fit_lanes *fit, block_lanes *best) {
+    EACH {
+        best->d[i] = fit->scale[i];
+        best->dmin[i] = -fit->minimum[i];
+        best->k[i] = best->l[i] = 1.0f;
     }
 }
 static void K(choose_alone)(const group_lanes *b, const search_form *f, int weighted, block_lanes *best) {
@@ -188,28 +193,43 @@ static void K(choose_alone)(const group_lanes *b, const search_form *f, int weig
     K(measure)(b, f, &fit, &s);
     K(refit)(b, f, &fit, &s, &again);
     K(round_alone)(b, f, &again, &s, &kept);
-    EACH {
-        best->d[i] = kept.scale[i];
-        best->dmin[i] = -kept.minimum[i];
-        best->k[i] = best->l[i] = 1.0f;
+    K(take_alone)(&kept, best);
+}
+static INLINE void K(try_stored)(const group_lanes *b, const search_form *f, fit_lanes *fit, fit_lanes *best) {
+    EACH fit->scale[i] = K(stored)(fit->scale[i], b->unit[i], 0);
+    K(weigh)(b, f, fit);
+    K(keep_better)(fit, best);
+}
+/* Codes so fine that which half float they are multiplied by is but a draw of all values' errors: starts are tried as
+ * half floats, and the best one alone is solved for its codes. Codes are alike on both sides of zero. */
+static void K(choose_fine)(const group_lanes *b, const search_form *f, int weighted, block_lanes *best) {
+    const float from = f->starts[weighted].from, step = f->starts[weighted].step;
+    const int tries = f->starts[weighted].tries;
+    fit_lanes fit, kept = {0};
+    sum_lanes s;
+    lanes low, high;
+    K(ends_of_groups)(b, f, low, high);
+    EACH kept.error[i] = INFINITY;
+    for (int n = 0; n < tries; n++) {
+        K(start_at)(f, low, high, 0.0f, from + step * (float)n, 0, &fit);
+        K(try_stored)(b, f, &fit, &kept);
     }
+    K(measure)(b, f, &kept, &s);
+    K(refit)(b, f, &kept, &s, &fit);
+    K(try_stored)(b, f, &fit, &kept);
+    K(take_alone)(&kept, best);
 }
 /* A power of two for each group: 2^-128 at least, as in MXFP4. */
 static void K(choose_power)(const group_lanes *b, const search_form *f, block_lanes *best) {
     fit_lanes kept = {0}, tried = {0};
-    sum_lanes unused;
     EACH kept.error[i] = INFINITY;
     for (int n = -4; n < -1; n++) { /* the largest value is 1 to 2 units */
         EACH {
             const float scale = ldexpf(1.0f, n), least = 0x1p-128f / b->unit[i];
             tried.scale[i] = scale > least ? scale : least;
         }
-        K(measure)(b, f, &tried, &unused);
+        K(weigh)(b, f, &tried);
         K(keep_better)(&tried, &kept);
     }
-    EACH {
-        best->d[i] = kept.scale[i];
-        best->k[i] = 1.0f;
-        best->dmin[i] = best->l[i] = 0.0f;
-    }
+    K(take_alone)(&kept, best);
 }

@@ -11,7 +11,7 @@ static const float K(gap_fp4)[14] = {4, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4};
 static const search_form K(forms)[TYPE_COUNT] = {
     [TYPE_Q4_0] = {32, 1, 0, -8, 7, 1, 1, 0, NULL, NULL, {{0}, {34, -2, 0.35f}}},
     [TYPE_Q5_0] = {32, 1, 0, -16, 15, 1, 1, 0, NULL, NULL, {{0}, {40, -3, 0.375f}}},
-    [TYPE_Q8_0] = {32, 1, 0, -127, 127, 1, 1, 0, NULL, NULL, {{0}, {4, -10, 4}}},
+    [TYPE_Q8_0] = {32, 1, 0, -127, 127, 1, 1, 0, NULL, NULL, {{0}, {5, -8, 2}}},
     [TYPE_Q4_1] = {32, 1, ANY_SIGN, 0, 15, 1, 1, 0, NULL, NULL, {{0}, {12, -0.75f, 0.45f}}},
     [TYPE_Q5_1] = {32, 1, ANY_SIGN, 0, 31, 1, 1, 0, NULL, NULL, {{0}, {12, -1.8f, 0.6f}}},
     [TYPE_MXFP4] = {32, 1, 0, -12, 12, 1, 1, 14, K(above_fp4), K(gap_fp4), {{0}, {0}}},
@@ -28,24 +28,27 @@ static const search_form K(forms)[TYPE_COUNT] = {
  * kept where that costs nothing. */
 static void K(lay)(const search_form *f, const float *x, const float *importance, int first, group_lanes *b) {
     const int size = f->values * f->groups;
-    float unit = K(top_size)(x, size), most = importance ? K(top_size)(importance, size) : 0.0f;
+    float unit = K(top_size)(x, size), most = importance ? K(top_size)(importance, size) : 0.0f, w[256];
     uint32_t bits;
     __builtin_memcpy(&bits, &unit, 4);
     bits = bits < 0x00800000 ? 0x00800000 : bits & 0x7f800000; /* its power of two, a normal one */
     __builtin_memcpy(&unit, &bits, 4);
     const float inverse = 1.0f / unit;
+    for (int i = 0; i < size; i++) {
+        const float share = most > 0.0f ? importance[i] / most : 1.0f;
+        w[i] = share > 1e-6f ? share : 1e-6f;
+    }
     for (int g = 0; g < f->groups; g++) {
-        float sum = 0.0f;
         for (int j = 0; j < f->values; j++) {
-            const float share = most > 0.0f ? importance[g * f->values + j] / most : 1.0f,
-                        w = share > 1e-6f ? share : 1e-6f;
             b->x[j][first + g] = x[g * f->values + j] * inverse;
-            b->w[j][first + g] = w;
-            sum += w;
+            b->w[j][first + g] = w[g * f->values + j];
         }
-        b->weight[first + g] = sum;
         b->unit[first + g] = unit;
     }
+}
+static void K(sum_weights)(const search_form *f, group_lanes *b) {
+    EACH b->weight[i] = 0.0f;
+    for (int j = 0; j < f->values; j++) EACH b->weight[i] += b->w[j][i];
 }
 
 /* Codes from 0 up, group after group. */
@@ -73,6 +76,11 @@ static INLINE void K(gather)(const uint8_t *q, int count, int run, int bits, int
             out[j] = (uint8_t)byte;
         }
 }
+static INLINE void K(pack_bytes)(const uint8_t q[32], uint8_t qs[16], uint8_t *qh) {
+    int32_t code[32];
+    for (int i = 0; i < 32; i++) code[i] = q[i];
+    K(pack)(code, qs, qh);
+}
 /* Eight 6-bit scales and eight 6-bit minima in 12 bytes. */
 static INLINE void K(pack_sixes)(const uint8_t k[8], const uint8_t l[8], uint8_t out[12]) {
     for (int g = 0; g < 4; g++) {
@@ -81,39 +89,37 @@ static INLINE void K(pack_sixes)(const uint8_t k[8], const uint8_t l[8], uint8_t
         out[g + 8] = (uint8_t)((k[g + 4] & 15) | l[g + 4] << 4);
     }
 }
-static void K(write_block)(int32_t type, const block_lanes *c, float least, float unit, int first, const uint8_t *q,
-                           uint8_t *out) {
+static void K(write_block)(int32_t type, const search_form *f, const block_lanes *c, float unit, int first,
+                           const uint8_t *q, uint8_t *out) {
 #define BLOCK(name) block_##name *b = (block_##name *)out
     const f16 d = K(half_of_float)(c->d[first] * unit), dmin = K(half_of_float)(c->dmin[first] * unit);
     const f16 minimum = K(half_of_float)(-c->dmin[first] * unit);
     uint8_t k[16], l[16];
-    for (int g = 0; g < 16; g++) {
-        k[g] = (uint8_t)(int32_t)(c->k[(first + g) % 16] - least);
-        l[g] = (uint8_t)(int32_t)c->l[(first + g) % 16];
+    for (int g = 0; g < f->groups; g++) {
+        k[g] = (uint8_t)(int32_t)(c->k[first + g] - f->least);
+        l[g] = (uint8_t)(int32_t)c->l[first + g];
     }
     switch (type) {
         case TYPE_Q4_0:
         case TYPE_IQ4_NL: { /* of one layout */
             BLOCK(q4_0);
             b->d = d;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
+            K(pack_bytes)(q, b->qs, NULL);
         } break;
         case TYPE_Q4_1: {
             BLOCK(q4_1);
             b->d = d, b->m = minimum;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
+            K(pack_bytes)(q, b->qs, NULL);
         } break;
         case TYPE_Q5_0: {
             BLOCK(q5_0);
             b->d = d;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
-            K(gather)(q, 32, 1, 1, 4, b->qh);
+            K(pack_bytes)(q, b->qs, b->qh);
         } break;
         case TYPE_Q5_1: {
             BLOCK(q5_1);
             b->d = d, b->m = minimum;
-            K(gather)(q, 32, 16, 4, 0, b->qs);
-            K(gather)(q, 32, 1, 1, 4, b->qh);
+            K(pack_bytes)(q, b->qs, b->qh);
         } break;
         case TYPE_Q8_0: {
             BLOCK(q8_0);
@@ -122,10 +128,10 @@ static void K(write_block)(int32_t type, const block_lanes *c, float least, floa
         } break;
         case TYPE_MXFP4: { /* 0 .. 12 are codes 0 .. 7, and -1 .. -12 are 9 .. 15 */
             BLOCK(mxfp4);
-            uint8_t code[32];
-            for (int i = 0; i < 32; i++) code[i] = (uint8_t)(q[i] < 7 ? 15 - q[i] : q[i] - 7);
+            int32_t code[32];
+            for (int i = 0; i < 32; i++) code[i] = q[i] < 7 ? 15 - q[i] : q[i] - 7;
             b->e = (uint8_t)(ilogbf(c->d[first] * unit) + 128);
-            K(gather)(code, 32, 16, 4, 0, b->qs);
+            K(pack)(code, b->qs, NULL);
         } break;
         case TYPE_IQ4_XS: {
             BLOCK(iq4_xs);
@@ -134,7 +140,7 @@ static void K(write_block)(int32_t type, const block_lanes *c, float least, floa
             K(gather)(k, 8, 1, 4, 0, b->scales_l);
             K(gather)(k, 8, 1, 2, 4, high);
             b->scales_h = (uint16_t)(high[0] | high[1] << 8);
-            for (int g = 0; g < 8; g++) K(gather)(q + 32 * g, 32, 16, 4, 0, b->qs + 16 * g);
+            for (int g = 0; g < 8; g++) K(pack_bytes)(q + 32 * g, b->qs + 16 * g, NULL);
         } break;
         case TYPE_Q2_K: {
             BLOCK(q2_k);
@@ -189,12 +195,14 @@ static void K(search_blocks)(int32_t type, const float *x, int64_t rows, int64_t
             const int64_t at = (from + n < blocks ? from + n : blocks - 1) * size.values;
             K(lay)(f, x + at, importance ? importance + at % cols : NULL, n * f->groups, &b);
         }
+        K(sum_weights)(f, &b);
         if (f->groups > 1) K(choose_shared)(&b, f, weighted, &c);
         else if (type == TYPE_MXFP4) K(choose_power)(&b, f, &c);
+        else if (type == TYPE_Q8_0) K(choose_fine)(&b, f, weighted, &c);
         else K(choose_alone)(&b, f, weighted, &c);
         K(codes_of)(&b, f, &c, codes);
         for (int n = 0; n < at_once && from + n < blocks; n++, out += size.bytes)
-            K(write_block)(type, &c, f->least, b.unit[n * f->groups], n * f->groups, codes + n * size.values, out);
+            K(write_block)(type, f, &c, b.unit[n * f->groups], n * f->groups, codes + n * size.values, out);
     }
 }
 static void K(encode)(int32_t type, const float *x, int64_t rows, int64_t cols, const float *importance, uint8_t *out) {

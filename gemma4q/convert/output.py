@@ -148,6 +148,28 @@ def open_part(path: Path) -> tuple[Path, BinaryIO]:
     return part, out
 
 
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write, which is at `path` when it is whole, in the place of an older one, or never.
+
+    Raises not_writable, no_space, busy, io.
+    """
+    part, out = None, None
+    try:
+        part, out = open_part(path)
+        yield out
+        out.flush()
+        os.fsync(out.fileno())
+        appear([path], [part])
+    except OSError as error:
+        raise explained(error, path) from None
+    finally:
+        if out is not None:
+            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk does not take what is in the buffer either
+                out.close()
+
+
 def _locked(file: BinaryIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

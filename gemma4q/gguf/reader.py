@@ -5,6 +5,7 @@ lies in the mapped file. What the values mean for Gemma is `model`'s business.
 Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md; versions 2 and 3, little-endian.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from .types import INTEGERS, SCALARS, TENSOR_TYPES, ValueType, readable_types, t
 
 MOST_KEYS, MOST_TENSORS, MOST_ELEMENTS, MOST_STRINGS, MOST_PARTS = 65_535, 65_536, 16 << 20, 4 << 20, 256
 LONGEST_KEY, LARGEST_DIM, LARGEST_ALIGNMENT = 65_535, 1 << 40, 65_536
+BEGINNING = 4096  # bytes of a tensor
 
 _KEY = re.compile(rb"[\x21-\x7e]+")
 _TENSOR_NAME = re.compile(rb"[A-Za-z0-9_.\-]{1,63}")
@@ -82,6 +84,13 @@ class GGUF:
     def changed(self) -> bool:
         """Whether a file was written to since it was opened. One replaced by renaming was not: it stays as it is."""
         return self.identity() != tuple(source.opened_as for source in self.files)
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 of what tells models apart, not all their bytes: each tensor's name, type, shape and beginning."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors.values():
+            digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + tensor.data[:BEGINNING].tobytes())
+        return digest.digest()
 
 
 def open_gguf(path: str | os.PathLike) -> GGUF:

@@ -205,9 +205,7 @@ class Calibration(Prepared):
 
     def origin(self, chunks: Sequence[Chunk], before: Importance) -> str:
         """What a run is known by: the model, what it reads in which pieces, and what it adds that to."""
-        digest = hashlib.sha256(f"{self.chunk}".encode())
-        for tensor in self.gguf.tensors.values():
-            digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + tensor.data[:64].tobytes())
+        digest = hashlib.sha256(f"{self.chunk}".encode() + self.gguf.fingerprint())
         for piece in (piece for chunk in chunks for piece in chunk):
             digest.update(np.array([-1, *piece], "<i4").tobytes())  # no token is -1: it parts them
         for name, entry in sorted(before.entries.items()):

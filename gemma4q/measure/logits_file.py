@@ -10,10 +10,9 @@ probabilities add up to 1. Files that llama-perplexity --kl-divergence-base wrot
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.output import appear, check_room, check_target, explained, open_part
+from ..convert.output import appearing, check_room, check_target
 from ..errors import Gemma4qError, printable
 from .texts import KIND, RAW, Passage, chunk
 
@@ -106,10 +105,9 @@ def writing(path: Path, header: Header) -> Iterator[Callable[[np.ndarray], None]
     Raises what `check_target` and `check_room` of
     convert/output.py do, before anything is computed, and no_space, not_writable, busy and io.
     """
-    part, out, count = None, None, 0
-    try:
-        check_target(path, (), FAMILY, "logits")
-        part, out = open_part(path)
+    count = 0
+    check_target(path, (), FAMILY, "logits")
+    with appearing(path) as out:
         check_room(path.parent, header.nbytes)
         out.write(header.packed())
 
@@ -123,16 +121,6 @@ def writing(path: Path, header: Header) -> Iterator[Callable[[np.ndarray], None]
 
         yield take
         assert count == header.rows, f"{count} rows came of {header.rows}"
-        out.flush()
-        os.fsync(out.fileno())
-        appear([path], [part])
-    except OSError as error:
-        raise explained(error, path) from None
-    finally:
-        if out is not None:
-            part.unlink(missing_ok=True)
-            with suppress(OSError):  # a full disk does not take what is in the buffer either
-                out.close()
 
 
 class Stored:

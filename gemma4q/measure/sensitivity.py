@@ -6,7 +6,6 @@ of their own, so that a run that was stopped goes on, and the next one begins wi
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.output import appearing
 from ..engine.model import Model
-from ..errors import Gemma4qError
 from ..quantize.quantize import Quantization
 from .evaluate import Speaking, evaluate
 from .texts import Passage, conversations, passages
@@ -112,12 +111,11 @@ class Divergence:
 
     def _origin(self) -> str:
         """What an answer depends on beyond the types: model, importance and texts."""
-        digest = hashlib.sha256(self.texts.read_bytes() + f"{TOKENS} {LONGEST}".encode())
-        importance = self.plan.importance
-        for tensor in self.plan.gguf.tensors.values():
-            digest.update(f"{tensor.name} {tensor.type} {tensor.shape}".encode() + tensor.data[:4096].tobytes())
-            weights = importance.of(tensor.name, tensor.shape[-1]) if importance else None
-            digest.update(b"" if weights is None else weights.tobytes())
+        gguf, importance = self.plan.gguf, self.plan.importance
+        digest = hashlib.sha256(self.texts.read_bytes() + f"{TOKENS} {LONGEST}".encode() + gguf.fingerprint())
+        for tensor in gguf.tensors.values() if importance else ():
+            if (weights := importance.of(tensor.name, tensor.shape[-1])) is not None:
+                digest.update(tensor.name.encode() + weights.tobytes())
         return digest.hexdigest()
 
     def _read(self) -> dict[str, float]:
@@ -130,12 +128,8 @@ class Divergence:
         return {}
 
     def _write(self) -> None:
-        part = self.kept.with_name(self.kept.name + ".part")
-        try:
-            part.write_text(json.dumps({"of": self.origin, "measured": self.known}, indent=1))
-            os.replace(part, self.kept)
-        except OSError as error:
-            raise Gemma4qError("not_writable", f"{self.kept}: {error.strerror}") from None
+        with appearing(self.kept) as out:
+            out.write(json.dumps({"of": self.origin, "measured": self.known}, indent=1).encode())
 
     def close(self) -> None:
         if self.base is not None:
