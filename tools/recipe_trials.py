@@ -18,13 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llama_quantize import theirs
-from tiny_measures import JUDGED, MODELS, chosen, importance, original, scores, talks, written
+from tiny_measures import JUDGED, MODELS, Remembered, chosen, importance, original, scores, talks, written
 
 from gemma4q import load
 from gemma4q.gguf.reader import open_gguf
 from gemma4q.measure.divergence import Scores, mean
 from gemma4q.measure.evaluate import Speaking
-from gemma4q.measure.sensitivity import LONGEST, Remembered
+from gemma4q.measure.sensitivity import LONGEST
 from gemma4q.measure.texts import conversations, passages
 from gemma4q.quantize.allocate import Allocation
 from gemma4q.quantize.mixtures import mixture

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from tiny_tasks import TASKS
 from tiny_texts import texts
 
@@ -22,6 +23,7 @@ from gemma4q.quantize.recipe import recipe
 
 TRAINED = Path(__file__).parents[1] / "tests/data/trained"
 MODELS = ("tiny", "tiny-moe")
+MOST_KEPT = 256 << 20  # bytes of what the original says
 # No held-back text of small talk differs from what training drew; stories are new each time.
 JUDGED = ("copy", "reverse", "sums", "lookup", "several_lookups", "tools", "json", "story")
 
@@ -51,6 +53,25 @@ def importance(path: Path, talks: Path) -> Importance:
 def written(plan: Quantization) -> Path:
     plan.write()
     return plan.files[0].path
+
+
+class Remembered:
+    """What a model said of some passages, kept as far as it is not too much: it need not read them for each answer."""
+
+    known_above = None
+
+    def __init__(self, model: Speaking):
+        self.model, self.kept, self.room = model, {}, MOST_KEPT
+
+    def rows(self, number: int, start: int, end: int) -> np.ndarray:
+        """As `Rows` of `evaluate` has it."""
+        if (number, start, end) in self.kept:
+            return self.kept[number, start, end]
+        rows = self.model.rows(number, start, end)
+        if rows.nbytes <= self.room:
+            self.kept[number, start, end] = rows
+            self.room -= rows.nbytes
+        return rows
 
 
 def scores(path: Path, found: Sequence[Passage], base: Rows, threads: int = 1) -> Scores:

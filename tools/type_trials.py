@@ -26,14 +26,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from llama_quantize import theirs
 from plot_types import draw
-from tiny_measures import JUDGED, MODELS, chosen, importance, original, scores, talks, write_csv, written
+from tiny_measures import JUDGED, MODELS, Remembered, chosen, importance, original, scores, talks, write_csv, written
 
 from gemma4q import Model, load
 from gemma4q.abi import BLOCKS
 from gemma4q.gguf.reader import GGUF, open_gguf
 from gemma4q.measure.divergence import Mean, Scores, mean
 from gemma4q.measure.evaluate import Speaking
-from gemma4q.measure.sensitivity import LONGEST, Remembered
+from gemma4q.measure.sensitivity import LONGEST
 from gemma4q.measure.texts import Passage, conversations, passages
 from gemma4q.quantize.mixtures import MIXTURES, mixture
 from gemma4q.quantize.overrides import Overrides

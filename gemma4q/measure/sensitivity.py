@@ -1,7 +1,8 @@
 """How far a model with tensors of other types lies from itself: what the choice of types is calibrated by.
 
-Each answer is a model file that is written, read beside the original, and taken away again; answers are kept in a file
-of their own, so that a run that was stopped goes on, and the next one begins with what is known.
+What the original says is kept in a file of logits, so that it is read once and needs no memory beside another. Each
+answer is a model file that is written, read and taken away again; answers are kept in a file of their own, so that a
+run that was stopped goes on, and the next one begins with what is known.
 """
 
 import hashlib
@@ -12,16 +13,14 @@ from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 
-import numpy as np
-
 from ..convert.output import appearing
 from ..engine.model import Model
 from ..quantize.quantize import Quantization
-from .evaluate import Speaking, evaluate
-from .texts import Passage, conversations, passages
+from .evaluate import Speaking, evaluate, vocabulary_of
+from .logits_file import Header, Stored, writing
+from .texts import TURNS, Passage, conversations, passages
 
 TOKENS = 6000  # read for an answer, about: whole texts, of each kind in turn
-MOST_KEPT = 256 << 20  # bytes of what the original says
 LONGEST = 2048  # tokens of a text
 
 
@@ -36,25 +35,6 @@ def some(found: Sequence[Passage], most: int) -> list[Passage]:
                 return chosen
             chosen.append(passage)
     return chosen
-
-
-class Remembered:
-    """What a model said of some passages, kept as far as it is not too much: it need not read them for each answer."""
-
-    known_above = None
-
-    def __init__(self, model: Speaking):
-        self.model, self.kept, self.room = model, {}, MOST_KEPT
-
-    def rows(self, number: int, start: int, end: int) -> np.ndarray:
-        """As `Rows` of `evaluate` has it."""
-        if (number, start, end) in self.kept:
-            return self.kept[number, start, end]
-        rows = self.model.rows(number, start, end)
-        if rows.nbytes <= self.room:
-            self.kept[number, start, end] = rows
-            self.room -= rows.nbytes
-        return rows
 
 
 class Divergence:
@@ -73,13 +53,13 @@ class Divergence:
         """
         self.plan, self.texts, self.seconds, self.threads, self.told = plan, texts, seconds, threads, told
         out = plan.files[0].path
-        self.trial, self.kept = out.with_name(out.name + ".trial.gguf"), out.with_name(out.name + ".measured.json")
+        self.trial, self.said, self.kept = (
+            out.with_name(out.name + end) for end in (".trial.gguf", ".original.logits", ".measured.json")
+        )
         self.started, self.count = time.monotonic(), 0
         self.origin = self._origin()
         self.known = self._read()
-        self.base: Model | None = None
-        self.passages: list[Passage] = []
-        self.said: Remembered | None = None
+        self.original: Stored | None = None
 
     def __call__(self, types: Mapping[str, int]) -> float | None:
         changed = {n: int(type) for n, type in types.items() if type != self.plan.gguf.tensors[n].type}
@@ -94,20 +74,27 @@ class Divergence:
         return self.known[key]
 
     def _measured(self, types: Mapping[str, int]) -> float:
-        if self.base is None:
-            self.base = Model(self.plan.gguf.path, threads=self.threads, context=LONGEST)
-            found = passages(conversations(self.texts), self.base.tokenizer, self.base.flavour)
-            self.passages = some(found, TOKENS)
-            self.said = Remembered(Speaking(self.base, self.passages))
+        self.original = self.original or self._read_original()
+        found = self.original.passages
         trial = self.plan.retyped(types).alone(self.trial)
         try:
-            trial.write(threads=self.base.threads.count)
+            trial.write(threads=self.threads)
             with Model(self.trial, threads=self.threads, context=LONGEST) as model:
-                sides = Speaking(model, self.passages), self.said
-                scores = evaluate(self.passages, range(len(self.passages)), *sides, threads=model.threads.count)
+                sides = Speaking(model, found), self.original
+                scores = evaluate(found, range(len(found)), *sides, threads=model.threads.count)
         finally:
             self.trial.unlink(missing_ok=True)
         return float(scores.divergence.mean())
+
+    def _read_original(self) -> Stored:
+        gguf = self.plan.gguf
+        with Model(gguf.path, threads=self.threads, context=LONGEST) as model:
+            found = some(passages(conversations(self.texts), model.tokenizer, model.flavour), TOKENS)
+            about = {"name": gguf.path.name, "type": "", "sha256": "", "vocabulary": vocabulary_of(gguf)}
+            with writing(self.said, Header(TURNS, about | {"vocab": model.plan.vocab}, found)) as keep:
+                threads = model.threads.count
+                evaluate(found, range(len(found)), Speaking(model, found), threads=threads, keep=keep)
+        return Stored(self.said)
 
     def _origin(self) -> str:
         """What an answer depends on beyond the types: model, importance and texts."""
@@ -132,8 +119,9 @@ class Divergence:
             out.write(json.dumps({"of": self.origin, "measured": self.known}, indent=1).encode())
 
     def close(self) -> None:
-        if self.base is not None:
-            self.base.close()
+        if self.original is not None:
+            self.original.close()
+        self.said.unlink(missing_ok=True)
 
     def __enter__(self) -> "Divergence":
         return self

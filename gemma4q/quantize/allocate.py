@@ -2,8 +2,9 @@
 
 Harm of a tensor in a type is `noise`, times what is usual for its part where nothing else is known. Where somebody can
 measure a whole model, it is what the model's Kullback-Leibler divergence says of it: of models of which one part alone
-is rounded, of halves of parts, and of models with what was the best choice so far. What is chosen depends on nothing
-but the model, the importance, and what was measured.
+gets few bits and all else many (which makes a trial model half as large as the original, and faster), of halves of
+parts, and of models with what was the best choice so far. What is chosen depends on nothing but the model, the
+importance, and what was measured.
 """
 
 import re
@@ -36,8 +37,8 @@ Measure = Callable[[Types], float | None]  # types of all tensors -> divergence;
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: which tensors were rounded, to what types; sum of their noise; the divergence in nats, and what
-    was foretold of it; None: nothing was known yet."""
+    """One measurement: which tensors got few bits, and which types; sum of their noise, beyond that of many bits; the
+    divergence in nats, and what was foretold of it; None: nothing was known yet."""
 
     name: str
     types: Types
@@ -96,35 +97,38 @@ def allocate(
     if others + smallest > budget:
         least = f"the smallest types take {others + smallest:,} bytes of tensors, and {budget:,} are to be had"
         raise Gemma4qError("bad_option", f"the target is too small: {least}")
-    alone = {name: next(iter(types)) for name, types in lost.items() if len(types) == 1}
-    taken = others + sum(size_of(tensors[name], type) for name, type in alone.items())
-    search = Search(
-        tensors, {name: types for name, types in lost.items() if name not in alone}, budget - taken, measure
-    )
-    if measure is not None and lost:
+    stay |= {name: next(iter(types)) for name, types in lost.items() if len(types) == 1}
+    free = {name: types for name, types in lost.items() if len(types) > 1}
+    taken = sum(size_of(tensor, stay[name]) for name, tensor in tensors.items() if name not in free)
+    search = Search(tensors, free, stay, budget - taken, measure)
+    if measure is not None and free:
         search.run(starts or {})
     types, harms = search.best(), search.harms()
     harm = sum(harms[name][type] for name, type in types.items())
-    return Allocation(stay | alone | types, taken + search.nbytes(types), harm, search.points)
+    return Allocation(stay | types, taken + search.nbytes(types), harm, search.points)
 
 
 class Search:
     """The best types for so many bytes, by what was measured so far, which `run` adds to."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], lost: Errors, room: int, measure: Measure | None):
-        self.tensors, self.lost, self.room, self.measure = tensors, lost, room, measure
-        self.left = {name: tensor.type for name, tensor in tensors.items()}
+    def __init__(self, tensors: Mapping[str, Tensor], lost: Errors, stay: Types, room: int, measure: Measure | None):
+        """lost: of tensors that have a choice, for which there are `room` bytes; stay: types of all others."""
+        self.tensors, self.room, self.measure = tensors, room, measure
+        best = {name: min(types, key=lambda type: (types[type], type)) for name, types in lost.items()}
+        self.left = {**stay, **best}
+        self.lost = {n: {type: noise - types[best[n]] for type, noise in types.items()} for n, types in lost.items()}
         self.parts: dict[str, list[str]] = {}
         for name in lost:
             self.parts.setdefault(part(name), []).append(name)
         self.points: list[Point] = []
+        self.floor = 0.0  # the divergence of a model whose every tensor has its best type
         self.weight, self.weighed = {name: USUAL.get(part(name), 1.0) for name in lost}, False
 
     def nbytes(self, types: Types) -> int:
         return sum(size_of(self.tensors[name], type) for name, type in types.items())
 
     def harms(self) -> dict[str, dict[int, float]]:
-        return foretold(self.lost, self.weight, self.points if self.weighed else ())
+        return foretold(self.lost, self.weight, self.points if self.weighed else (), self.floor)
 
     def choice(self) -> dict[str, int]:
         """What does the least harm, going by all that was measured."""
@@ -140,8 +144,12 @@ class Search:
         return dict(min(wholes, key=lambda point: point.divergence).types) if wholes else self.choice()
 
     def run(self, starts: Mapping[str, Types]) -> None:
-        """Measures each part of the layers, others' choices, then the best choice and halves of parts in turn: until
-        nothing is left to learn, or no time."""
+        """Measures the best types, each part of the layers, others' choices, then the best choice and halves of parts
+        in turn: until nothing is left to learn, or no time."""
+        floor = self.measure(self.left)
+        if floor is None:
+            return
+        self.floor = floor
         if not self._weigh():
             return
         for name, types in starts.items():
@@ -165,19 +173,20 @@ class Search:
                 halves.append(self.points[-1])
 
     def _weigh(self) -> bool:
-        """Each part alone, all others left as they are, largest first; others are as usual beside them."""
+        """Each part alone, largest first; what there was no time for is as usual beside the others."""
         bits = 8 * self.room / sum(prod(self.tensors[name].shape) for name in self.lost)
         sizes = {part: sum(self.tensors[name].nbytes for name in names) for part, names in self.parts.items()}
-        found, in_time = {}, True
+        in_time, found = True, {}
         for part in sorted(self.parts, key=lambda part: -sizes[part]):
             types = {name: probe(self.tensors[name], self.lost[name], bits) for name in self.parts[part]}
             in_time = self._measured(part, types)
             if not in_time:
                 break
-            if self.points[-1].noise > 0:
-                found |= dict.fromkeys(types, max(self.points[-1].divergence, 0.0) / self.points[-1].noise)
-        scale = float(np.median([weight / self.weight[name] for name, weight in found.items()])) if found else 1.0
-        self.weight = {name: found.get(name, scale * usual) for name, usual in self.weight.items()}
+            if (point := self.points[-1]).noise > 0:
+                found |= dict.fromkeys(types, (point.divergence - self.floor) / point.noise)
+        scale = float(np.median([found[name] / self.weight[name] for name in found])) if found else 0.0
+        usual = {name: weight * max(scale, 0.0) or weight for name, weight in self.weight.items()}
+        self.weight = {name: max(found.get(name, weight), LEAST * weight) for name, weight in usual.items()}
         self.weighed = True
         return in_time
 
@@ -187,15 +196,19 @@ class Search:
         if divergence is None:
             return False
         sums = [sum(of[n].get(type, 0.0) for n, type in types.items()) for of in (self.lost, self.harms())]
-        self.points.append(Point(name, dict(types), sums[0], divergence, sums[1] if self.weighed else None))
+        expected = self.floor + sums[1] if self.weighed else None
+        self.points.append(Point(name, dict(types), sums[0], divergence, expected))
         return True
 
 
-def foretold(lost: Errors, weight: Mapping[str, float], points: Sequence[Point]) -> dict[str, dict[int, float]]:
+def foretold(
+    lost: Errors, weight: Mapping[str, float], points: Sequence[Point], floor: float = 0.0
+) -> dict[str, dict[int, float]]:
     """Harm of each tensor in each type: weight times noise, and corrected by what was measured of several at once.
 
-    Harms add up. Each is off by a factor for its tensor and one for its type there, which are normal about 1; they are
-    what is likeliest given the divergences (regression by a Gaussian process with the kernel that follows).
+    Harms add up, to the divergence beyond `floor`. Each is off by a factor for its tensor and one for its type there,
+    which are normal about 1; they are what is likeliest given the divergences (regression by a Gaussian process with
+    the kernel that follows).
     """
     names = list(lost)
     thought = {name: {type: weight[name] * noise for type, noise in lost[name].items()} for name in names}
@@ -208,7 +221,7 @@ def foretold(lost: Errors, weight: Mapping[str, float], points: Sequence[Point])
     for row, of_row, sums in zip(harms, types, kernel, strict=True):
         sums += OF_TYPE**2 * (harms * (types == of_row)) @ row
     noise = np.diag((MEASURED * divergences) ** 2 + 1e-30)
-    pull = np.linalg.solve(kernel + noise, divergences - harms.sum(1))
+    pull = np.linalg.solve(kernel + noise, divergences - floor - harms.sum(1))
     of_tensor = 1 + OF_TENSOR**2 * pull @ harms
     return {
         name: {
