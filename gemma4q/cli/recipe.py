@@ -63,7 +63,7 @@ def choose(
                 if error.kind != "too_big":
                     raise
                 remedy = "--budget 0 chooses without measuring"
-                raise Gemma4qError("too_big", f"a trial model beside the original: {error.message}; {remedy}") from None
+                raise Gemma4qError("too_big", f"to measure trial models: {error.message}; {remedy}") from None
 
 
 def described(found) -> dict:
