@@ -15,7 +15,7 @@ from gemma4q.gguf.reader import open_gguf
 from gemma4q.measure.sensitivity import Divergence
 from gemma4q.model import open_model
 from gemma4q.quantize import noise
-from gemma4q.quantize.allocate import OF_TENSOR, OF_TYPE, USUAL, Point, allocate, correlation, foretold, part
+from gemma4q.quantize.allocate import MEASURED, OF_TENSOR, OF_TYPE, USUAL, Point, allocate, correlation, foretold, part
 from gemma4q.quantize.choose import Option, choose, hull
 from gemma4q.quantize.encode import Encoder
 from gemma4q.quantize.grid import Grid
@@ -197,7 +197,7 @@ def test_harms_are_foretold_as_conditioning_all_factors_at_once_does(seed):
     covariance = factors * np.outer(thought, thought)
     seen = np.array([[point.types.get(name) == type for name, type in pairs] for point in points], float)
     measured = np.array([point.divergence for point in points])
-    gain = covariance @ seen.T @ np.linalg.inv(seen @ covariance @ seen.T + np.diag((0.03 * measured) ** 2))
+    gain = covariance @ seen.T @ np.linalg.inv(seen @ covariance @ seen.T + np.diag((MEASURED * measured) ** 2))
     wanted = np.maximum(thought + gain @ (measured - seen @ thought), 0.1 * thought)
     found = foretold(lost, weight, points)
     assert [found[n][t] for n, t in pairs] == pytest.approx(wanted.tolist(), rel=1e-9)

@@ -20,8 +20,9 @@ from .choose import Option, choose
 from .noise import Errors, size_of
 
 MOST_MEASURED = 200  # models
-# How wide the factors are by which the harm of a tensor is off, in all types and in one; and what a divergence is.
-OF_TENSOR, OF_TYPE, MEASURED = 0.5, 0.3, 0.03
+# How wide the factors are by which the harm of a tensor is off, in all types and in one; and by what share of itself a
+# divergence is, being a mean over a few thousand tokens: 0.03 chose what was good on those and not on others.
+OF_TENSOR, OF_TYPE, MEASURED = 0.5, 0.3, 0.25
 LEAST = 0.1  # of what a harm was thought to be
 # How much noise of a part matters where nobody can measure, 1 for the others: about as in both trained models, but
 # nearer to each other (tools/recipe_trials.py).
@@ -104,8 +105,7 @@ def allocate(
     if measure is not None and free:
         search.run(starts or {})
     types, harms = search.best(), search.harms()
-    harm = sum(harms[name][type] for name, type in types.items())
-    return Allocation(stay | types, taken + search.nbytes(types), harm, search.points)
+    return Allocation(stay | types, taken + search.nbytes(types), _sum(harms, types), search.points)
 
 
 class Search:
@@ -139,9 +139,14 @@ class Search:
         return {name: option.type for name, option in choose(options, self.room).items()}
 
     def best(self) -> dict[str, int]:
-        """Of the whole choices that were measured the best; where there is none, what is likely to be."""
+        """Of the whole choices that were measured, and were as good as any as far as that tells, the one that is best by
+        all that was measured; where there is none, `choice`."""
         wholes = [point for point in self.points if len(point.types) == len(self.lost)]
-        return dict(min(wholes, key=lambda point: point.divergence).types) if wholes else self.choice()
+        if not wholes:
+            return self.choice()
+        harms, least = self.harms(), min(point.divergence for point in wholes)
+        good = [point.types for point in wholes if point.divergence <= (1 + MEASURED) * least]
+        return dict(min(good, key=lambda types: _sum(harms, types)))
 
     def run(self, starts: Mapping[str, Types]) -> None:
         """Measures the best types, each part of the layers, others' choices, then the best choice and halves of parts
@@ -195,10 +200,13 @@ class Search:
         divergence = self.measure(self.left | dict(types)) if len(self.points) < MOST_MEASURED else None
         if divergence is None:
             return False
-        sums = [sum(of[n].get(type, 0.0) for n, type in types.items()) for of in (self.lost, self.harms())]
-        expected = self.floor + sums[1] if self.weighed else None
-        self.points.append(Point(name, dict(types), sums[0], divergence, expected))
+        expected = self.floor + _sum(self.harms(), types) if self.weighed else None
+        self.points.append(Point(name, dict(types), _sum(self.lost, types), divergence, expected))
         return True
+
+
+def _sum(of: Errors, types: Types) -> float:
+    return sum(of[name].get(type, 0.0) for name, type in types.items())
 
 
 def foretold(
