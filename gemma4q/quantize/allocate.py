@@ -139,8 +139,8 @@ class Search:
         return {name: option.type for name, option in choose(options, self.room).items()}
 
     def best(self) -> dict[str, int]:
-        """Of the whole choices that were measured, and were as good as any as far as that tells, the one that is best by
-        all that was measured; where there is none, `choice`."""
+        """Of the whole choices that were measured, and were as good as any as far as that tells, the best one by all
+        that was measured; where there is none, `choice`."""
         wholes = [point for point in self.points if len(point.types) == len(self.lost)]
         if not wholes:
             return self.choice()
