@@ -309,6 +309,7 @@ def test_slips_are_one_line(half, tmp_path, run):
         ((out, "Q4_0", "--recipe", "best"), "Invalid value for '--recipe'"),
         ((out, "Q4_0", "--recipe", "gemma", "--pure"), "--pure gives all matrices one type"),
         ((out, "COPY", "--recipe", "gemma"), "COPY changes no tensor"),
+        ((out, "Q4_0", "--recipe-texts", "talks.jsonl"), "say --recipe or --target-size too"),
         ((), "Missing argument '[OUT] TYPE'"),
     ):
         code, stdout, said = run(half, *arguments)

@@ -113,7 +113,7 @@ def test_what_ships_is_of_every_kind_and_is_read_by_models_of_both_flavours():
     "line, said",
     [
         ("{", "is no JSON"),
-        ("plain text", "plain text needs --raw"),
+        ("plain text", "plain text is for --raw of `eval` and `imatrix`"),
         ("[" * 100_000, "is no JSON"),
         ("[]", "must be an object"),
         ('{"messages": []}', "must end with a message of the assistant"),

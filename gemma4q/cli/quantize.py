@@ -89,7 +89,7 @@ def quantize(
     from ..quantize.quantize import planned
 
     texts = judging.texts(card, card_texts)
-    (out, name), target = _words(words, target_size), _target(target_size, wishes["pure"], recipe)
+    (out, name), target = _words(words, target_size), _target(target_size, wishes["pure"], recipe, recipe_texts)
     chosen, overrides = mixture(name), _overrides(**wishes)
     if chosen.base is None and (imatrix or recipe or card or any(value for value in wishes.values())):
         raise click.UsageError("COPY changes no tensor: it takes no types, no --recipe, no --imatrix and no --card")
@@ -121,9 +121,11 @@ def quantize(
     _notes(plan, overrides, dry_run)
 
 
-def _target(size: str | None, pure: bool, recipe: str | None) -> int | None:
+def _target(size: str | None, pure: bool, recipe: str | None, texts: Path | None) -> int | None:
     from ..quantize.recipe import size as read
 
+    if texts and not (size or recipe):
+        raise click.UsageError("--recipe-texts says what a recipe measures with: say --recipe or --target-size too")
     if pure and (size or recipe):
         raise click.UsageError("--pure gives all matrices one type: a recipe chooses one for each")
     return None if size is None else read(size)
