@@ -61,7 +61,8 @@ def conversations(path: Path) -> list[Conversation]:
             try:
                 found.append(_conversation(json.loads(line), where))
             except (ValueError, RecursionError) as error:
-                fault = f"is no JSON ({error}); conversations are JSON lines, and plain text is for --raw of `eval` and `imatrix`"
+                others = "plain text is for --raw of `eval` and `imatrix`"
+                fault = f"is no JSON ({error}); conversations are JSON lines, and {others}"
                 raise Gemma4qError("bad_text", f"{where} {fault}") from None
             except Gemma4qError as error:
                 raise Gemma4qError("bad_text", f"{where}: {error.message}") from None
