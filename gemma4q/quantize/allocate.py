@@ -2,9 +2,9 @@
 
 Harm of a tensor in a type is `noise`, times what is usual for its part where nothing else is known. Where somebody can
 measure a whole model, it is what the model's Kullback-Leibler divergence says of it: of models of which one part alone
-gets few bits and all else many (which makes a trial model half as large as the original, and faster), of halves of
-parts, and of models with what was the best choice so far. What is chosen depends on nothing but the model, the
-importance, and what was measured.
+is rounded, of halves of parts, and of models with what was the best choice so far. All else stays as it was: in Q8_0 a
+trial would be faster, but errors of many tensors do not merely add up, and hid those of one. What is chosen depends on
+nothing but the model, the importance, and what was measured.
 """
 
 import re
@@ -38,8 +38,8 @@ Measure = Callable[[Types], float | None]  # types of all tensors -> divergence;
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: which tensors got few bits, and which types; sum of their noise, beyond that of many bits; the
-    divergence in nats, and what was foretold of it; None: nothing was known yet."""
+    """One measurement: which tensors were rounded, to what types; sum of their noise; the divergence in nats, and what
+    was foretold of it; None: nothing was known yet."""
 
     name: str
     types: Types
@@ -101,7 +101,7 @@ def allocate(
     stay |= {name: next(iter(types)) for name, types in lost.items() if len(types) == 1}
     free = {name: types for name, types in lost.items() if len(types) > 1}
     taken = sum(size_of(tensor, stay[name]) for name, tensor in tensors.items() if name not in free)
-    search = Search(tensors, free, stay, budget - taken, measure)
+    search = Search(tensors, free, budget - taken, measure)
     if measure is not None and free:
         search.run(starts or {})
     types, harms = search.best(), search.harms()
@@ -111,24 +111,21 @@ def allocate(
 class Search:
     """The best types for so many bytes, by what was measured so far, which `run` adds to."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], lost: Errors, stay: Types, room: int, measure: Measure | None):
-        """lost: of tensors that have a choice, for which there are `room` bytes; stay: types of all others."""
-        self.tensors, self.room, self.measure = tensors, room, measure
-        best = {name: min(types, key=lambda type: (types[type], type)) for name, types in lost.items()}
-        self.left = {**stay, **best}
-        self.lost = {n: {type: noise - types[best[n]] for type, noise in types.items()} for n, types in lost.items()}
+    def __init__(self, tensors: Mapping[str, Tensor], lost: Errors, room: int, measure: Measure | None):
+        """lost: of tensors that have a choice, for which there are `room` bytes."""
+        self.tensors, self.lost, self.room, self.measure = tensors, lost, room, measure
+        self.left = {name: tensor.type for name, tensor in tensors.items()}
         self.parts: dict[str, list[str]] = {}
         for name in lost:
             self.parts.setdefault(part(name), []).append(name)
         self.points: list[Point] = []
-        self.floor = 0.0  # the divergence of a model whose every tensor has its best type
         self.weight, self.weighed = {name: USUAL.get(part(name), 1.0) for name in lost}, False
 
     def nbytes(self, types: Types) -> int:
         return sum(size_of(self.tensors[name], type) for name, type in types.items())
 
     def harms(self) -> dict[str, dict[int, float]]:
-        return foretold(self.lost, self.weight, self.points if self.weighed else (), self.floor)
+        return foretold(self.lost, self.weight, self.points if self.weighed else ())
 
     def choice(self) -> dict[str, int]:
         """What does the least harm, going by all that was measured."""
@@ -149,12 +146,8 @@ class Search:
         return dict(min(good, key=lambda types: _sum(harms, types)))
 
     def run(self, starts: Mapping[str, Types]) -> None:
-        """Measures the best types, each part of the layers, others' choices, then the best choice and halves of parts
-        in turn: until nothing is left to learn, or no time."""
-        floor = self.measure(self.left)
-        if floor is None:
-            return
-        self.floor = floor
+        """Measures each part of the layers, others' choices, then the best choice and halves of parts in turn: until
+        nothing is left to learn, or no time."""
         if not self._weigh():
             return
         for name, types in starts.items():
@@ -188,9 +181,9 @@ class Search:
             if not in_time:
                 break
             if (point := self.points[-1]).noise > 0:
-                found |= dict.fromkeys(types, (point.divergence - self.floor) / point.noise)
-        scale = float(np.median([found[name] / self.weight[name] for name in found])) if found else 0.0
-        usual = {name: weight * max(scale, 0.0) or weight for name, weight in self.weight.items()}
+                found |= dict.fromkeys(types, point.divergence / point.noise)
+        scale = float(np.median([found[name] / self.weight[name] for name in found])) if found else 1.0
+        usual = {name: (scale or 1.0) * weight for name, weight in self.weight.items()}
         self.weight = {name: max(found.get(name, weight), LEAST * weight) for name, weight in usual.items()}
         self.weighed = True
         return in_time
@@ -200,7 +193,7 @@ class Search:
         divergence = self.measure(self.left | dict(types)) if len(self.points) < MOST_MEASURED else None
         if divergence is None:
             return False
-        expected = self.floor + _sum(self.harms(), types) if self.weighed else None
+        expected = _sum(self.harms(), types) if self.weighed else None
         self.points.append(Point(name, dict(types), _sum(self.lost, types), divergence, expected))
         return True
 
@@ -209,14 +202,11 @@ def _sum(of: Errors, types: Types) -> float:
     return sum(of[name].get(type, 0.0) for name, type in types.items())
 
 
-def foretold(
-    lost: Errors, weight: Mapping[str, float], points: Sequence[Point], floor: float = 0.0
-) -> dict[str, dict[int, float]]:
+def foretold(lost: Errors, weight: Mapping[str, float], points: Sequence[Point]) -> dict[str, dict[int, float]]:
     """Harm of each tensor in each type: weight times noise, and corrected by what was measured of several at once.
 
-    Harms add up, to the divergence beyond `floor`. Each is off by a factor for its tensor and one for its type there,
-    which are normal about 1; they are what is likeliest given the divergences (regression by a Gaussian process with
-    the kernel that follows).
+    Harms add up. Each is off by a factor for its tensor and one for its type there, which are normal about 1; they are
+    what is likeliest given the divergences (regression by a Gaussian process with the kernel that follows).
     """
     names = list(lost)
     thought = {name: {type: weight[name] * noise for type, noise in lost[name].items()} for name in names}
@@ -229,7 +219,7 @@ def foretold(
     for row, of_row, sums in zip(harms, types, kernel, strict=True):
         sums += OF_TYPE**2 * (harms * (types == of_row)) @ row
     noise = np.diag((MEASURED * divergences) ** 2 + 1e-30)
-    pull = np.linalg.solve(kernel + noise, divergences - floor - harms.sum(1))
+    pull = np.linalg.solve(kernel + noise, divergences - harms.sum(1))
     of_tensor = 1 + OF_TENSOR**2 * pull @ harms
     return {
         name: {
