@@ -69,13 +69,8 @@ def choose(
 def described(found) -> dict:
     """For JSON."""
     points = [
-        {
-            "rounded": p.name,
-            "tensors": len(p.types),
-            "noise": p.noise,
-            "foretold": p.foretold,
-            "divergence": p.divergence,
-        }
+        {"rounded": p.name, "tensors": len(p.types), "noise": p.noise, "foretold": p.foretold,
+         "divergence": p.divergence}
         for p in found.points
     ]  # fmt: skip
     ranks = {"noise": found.of_noise, "foretold": found.of_foretold}

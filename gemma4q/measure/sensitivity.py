@@ -121,7 +121,7 @@ class Divergence:
     def close(self) -> None:
         if self.original is not None:
             self.original.close()
-        self.said.unlink(missing_ok=True)
+            self.said.unlink(missing_ok=True)
 
     def __enter__(self) -> "Divergence":
         return self
