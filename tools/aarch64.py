@@ -1,6 +1,6 @@
 """Builds gemma4q for 64-bit Arm and runs tests of it under qemu: NEON without a NEON machine.
 
-    python tools/aarch64.py                                     kernels and whole plans: some twenty minutes
+    python tools/aarch64.py                                     kernels, encoders, whole plans: some twenty minutes
     python tools/aarch64.py tests/test_forward.py -k native     other tests, or a part of them
     python tools/aarch64.py --cpu neoverse-n1                   a processor with dot products but no I8MM
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = "aarch64-linux-gnu-gcc"
-USUAL = ["tests/test_kernels.py", "tests/test_attend.py", "tests/test_native.py"]
+USUAL = ["tests/test_kernels.py", "tests/test_attend.py", "tests/test_native.py", "tests/test_encode.py"]
 NOT_TO_RUN = {"ruff", "clang-format", "cmake", "ninja", "scikit-build-core"}  # of the extra `test`
 DEPENDS = ["apt-cache", "depends", "--recurse", "--no-recommends", "--no-suggests", "--no-enhances", "--no-conflicts",
            "--no-breaks", "--no-replaces", "python3:arm64", "libstdc++6:arm64"]  # fmt: skip
