@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,16 @@ def test_what_was_measured_is_said_and_a_dry_run_uses_it(half, tmp_path, run, mo
     assert -1 <= found["rank_correlation"]["noise"] <= 1 and found["rank_correlation"]["foretold"] is None
     again = json.loads(run(half, tmp_path / "q.gguf", "Q5_1", "--recipe", "gemma", "--json", "--dry-run")[1])
     assert again["tensors"] == found["tensors"] and again["measured"] == found["measured"]
+
+
+def test_trials_that_a_disk_does_not_hold_are_said_at_once_and_leave_nothing(half, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("gemma4q.measure.sensitivity.Divergence._read_original", pytest.fail)
+    full = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: type("Status", (), {"f_bavail": 3, "f_frsize": full.f_frsize}))
+    code, out, said = run(half, tmp_path / "q.gguf", "Q4_0", "--recipe", "gemma")
+    assert (code, out, said.count("\n")) == (1, "", 1) and not list(tmp_path.iterdir())
+    assert said.startswith(f"error: no_space: to measure trial models: {tmp_path} has ")
+    assert said.endswith("--budget 0 chooses without measuring\n")
 
 
 def test_slips_are_one_line(half, tmp_path, run):

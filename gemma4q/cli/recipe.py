@@ -60,10 +60,10 @@ def choose(
             try:
                 return wanted.choose(lost, measure)
             except Gemma4qError as error:
-                if error.kind != "too_big":
+                if error.kind not in ("too_big", "no_space"):
                     raise
                 remedy = "--budget 0 chooses without measuring"
-                raise Gemma4qError("too_big", f"to measure trial models: {error.message}; {remedy}") from None
+                raise Gemma4qError(error.kind, f"to measure trial models: {error.message}; {remedy}") from None
 
 
 def described(found) -> dict:

@@ -74,11 +74,11 @@ class Divergence:
         return self.known[key]
 
     def _measured(self, types: Mapping[str, int]) -> float:
-        self.original = self.original or self._read_original()
-        found = self.original.passages
         trial = self.plan.retyped(types).alone(self.trial)
         try:
-            trial.write(threads=self.threads)
+            trial.write(threads=self.threads)  # first, as it says at once where there is no room
+            self.original = self.original or self._read_original()
+            found = self.original.passages
             with Model(self.trial, threads=self.threads, context=LONGEST) as model:
                 sides = Speaking(model, found), self.original
                 scores = evaluate(found, range(len(found)), *sides, threads=model.threads.count)
