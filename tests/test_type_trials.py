@@ -19,6 +19,7 @@ from quantized import measured
 from gemma4q import load
 from gemma4q.abi import BLOCKS
 from gemma4q.abi import TensorType as T
+from gemma4q.gguf.quants import dequantize
 from gemma4q.gguf.reader import open_gguf
 from gemma4q.measure.divergence import Scores
 from gemma4q.measure.plot import canvas
@@ -31,7 +32,7 @@ from answer_trials import counted
 from llama_quantize import theirs
 from plot_types import draw, fill, read
 from tiny_measures import JUDGED, original, scores, talks, write_csv
-from type_trials import IN_BLOCKS, PURE, Judge, Trial, all_trials, ratio, row, together, verdict
+from type_trials import IN_BLOCKS, PURE, Judge, Trial, all_trials, ratio, row, shaken, together, verdict
 
 PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -105,6 +106,19 @@ def test_a_file_is_no_distance_from_itself_and_files_of_the_same_weights_are_rea
         plan.write()
         assert judge(tmp_path / "q2.gguf").divergence.mean() > 0
         assert scores(source, judge.found, judge.said).divergence.max() == 0
+
+
+def test_a_shaken_copy_is_off_by_its_share_of_each_row_in_matrices_alone(source, tmp_path):
+    before, after = open_gguf(source).tensors, open_gguf(shaken(source, tmp_path / "shaken.gguf", 0.02, 1)).tensors
+    for name, tensor in before.items():
+        if not is_rounded(name, tensor.shape):
+            assert np.array_equal(tensor.data, after[name].data)
+            continue
+        x, y = (dequantize(t.data, t.type).reshape(-1, t.shape[-1]) for t in (tensor, after[name]))
+        held = x.any(-1)
+        assert not y[~held].any()
+        share = np.sqrt(((y - x)[held] ** 2).sum(-1) / (x[held] ** 2).sum(-1))
+        assert share.mean() == pytest.approx(0.02, rel=0.05) and share.max() < 0.04
 
 
 def test_no_text_is_both_calibrated_on_and_scored(tmp_path):
