@@ -7,18 +7,17 @@ GEMMA4Q_PEER_PYTHON is an interpreter with llama-cpp-python, if it is not the on
 is for prompts on tiles where there are none. What is measured, and how, says tools/accuracy.py.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 from cases import ISAS, same
+from peer import PYTHON, needs_llama_cpp
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from accuracy import FILES, HEAD, KV, Compared, Measured, compare, levels, line, make
 
 pytestmark = pytest.mark.peers
-PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 # Both engines round activations to int8, llama.cpp its scales to F16 too; on tiles a prompt's become bfloat16.
 MOST, MOST_ON_TILES = 1.05, 0.7
 FEWEST_ROWS = 1000
@@ -29,7 +28,7 @@ each_kv = pytest.mark.parametrize("kv", KV)
 
 @pytest.fixture(scope="module", params=FILES)
 def measured(request, tmp_path_factory):
-    pytest.importorskip("llama_cpp") if sys.executable == PYTHON else None
+    needs_llama_cpp()
     print(f"\n{HEAD}")
     found = Measured(make(request.param, tmp_path_factory.mktemp("accuracy"), PYTHON), PYTHON)
     found.file = request.param

@@ -6,7 +6,6 @@ GEMMA4Q_PEER_PYTHON is an interpreter with llama-cpp-python, if it is not the on
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from peer import PYTHON, needs_llama_cpp
 
 from gemma4q.abi import TensorType
 from gemma4q.convert.convert import planned
@@ -29,14 +29,13 @@ from tiny_tasks import TASKS, draw
 
 pytestmark = pytest.mark.peers
 TOOL = Path(__file__).parents[1] / "tools" / "llama_imatrix.py"
-PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 TRAINED = Path(__file__).parent / "data" / "trained"
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def collected(request, tmp_path_factory):
     """(model in F32, our importance, llama.cpp's npz file) of the same forty texts."""
-    pytest.importorskip("llama_cpp") if sys.executable == PYTHON else None
+    needs_llama_cpp()
     room, random = tmp_path_factory.mktemp("imatrix"), Random(3)
     with planned(TRAINED / request.param, room / "model.gguf", "f32") as conversion:
         conversion.write()

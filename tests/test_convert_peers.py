@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peer import PYTHON, needs_llama_cpp
 
 from gemma4q.convert.convert import planned
 from gemma4q.gguf.reader import open_gguf
@@ -22,7 +23,6 @@ import convert_oracle
 import tiny_hf
 
 pytestmark = pytest.mark.peers
-PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 LOAD = """
 import sys, llama_cpp
 llama_cpp.llama_backend_init()
@@ -89,7 +89,7 @@ def test_the_converter_writes_the_same_today(kind, mmproj, outtype, llama_cpp, t
 
 
 def said(program: str, *paths: Path) -> str:
-    pytest.importorskip("llama_cpp") if sys.executable == PYTHON else None
+    needs_llama_cpp()
     return subprocess.run([PYTHON, "-c", program, *paths], capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -1,6 +1,5 @@
 """quantize/encode.py against gguf-py: its bytes where it has quantisers, and what its decoder makes of all of ours."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from gguf import quants as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from peer import PYTHON
 
 from gemma4q import abi
 from gemma4q.abi import BLOCKS, TensorType, address, ffi, lib, row_bytes
@@ -239,9 +239,7 @@ def test_floats_go_through(encoder):
 @pytest.fixture(scope="module")
 def ggml():
     """ggml_quantize_chunk(type, x, importance) -> bytes."""
-    return quantiser(os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)) or pytest.skip(
-        "no llama-cpp-python is here"
-    )
+    return quantiser(PYTHON) or pytest.skip("no llama-cpp-python is here")
 
 
 def trained() -> dict[str, np.ndarray]:

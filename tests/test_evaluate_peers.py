@@ -6,7 +6,6 @@ GEMMA4Q_PEER_PYTHON is an interpreter with llama-cpp-python, if it is not the on
 """
 
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from random import Random
 import numpy as np
 import pytest
 from cases import quantized
+from peer import PYTHON, needs_llama_cpp
 
 from gemma4q.abi import TensorType
 from gemma4q.convert.convert import planned
@@ -28,7 +28,6 @@ from tiny_tasks import TASKS, draw
 from tiny_texts import conversation
 
 pytestmark = pytest.mark.peers
-PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 TRAINED = Path(__file__).parent / "data/trained"
 EACH = 12  # texts of a task
 
@@ -37,7 +36,7 @@ def logits_of(path: Path, passages: list[texts.Passage], folder: Path) -> np.nda
     """llama.cpp's, of the scored rows of all passages, one behind the other."""
     given, out = folder / "texts.json", folder / "out.npz"
     given.write_text(json.dumps([passage.ids.tolist() for passage in passages]))
-    ask(PYTHON, "run", path, given, out)
+    ask(PYTHON, path, given, out)
     ends = np.cumsum([len(passage.ids) for passage in passages])
     with np.load(out) as found:
         rows = found["prompt-f32"]
@@ -59,7 +58,7 @@ def plainly(base: np.ndarray, model: np.ndarray, right: np.ndarray) -> dict[str,
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 def test_what_llama_cpp_says_of_two_models_comes_to_the_same(name, tmp_path):
-    pytest.importorskip("llama_cpp") if sys.executable == PYTHON else None
+    needs_llama_cpp()
     base, model, talks = tmp_path / "f32.gguf", tmp_path / "q4_0.gguf", tmp_path / "talks.jsonl"
     with planned(TRAINED / name, base, "f32") as conversion:
         conversion.write()

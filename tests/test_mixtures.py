@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peer import PYTHON, needs_llama_cpp
 
 from gemma4q import Gemma4qError
 from gemma4q.abi import TensorType as T
@@ -54,8 +55,8 @@ def test_what_is_asked_for_beyond_a_mixture_is_given_as_llama_cpp_gives_it(name)
 
 @pytest.mark.peers
 def test_the_answers_are_what_llama_cpp_says_today():
-    pytest.importorskip("llama_cpp")
-    assert oracle.answers(sys.executable) == ANSWERS
+    needs_llama_cpp()
+    assert oracle.answers(PYTHON) == ANSWERS
 
 
 def test_importance_changes_the_first_layers_of_some_mixtures_only():

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from peer import PYTHON, needs_llama_cpp
 from quantized import measured, written
 from terminal import GEMMA4Q
 
@@ -226,14 +227,14 @@ def test_26b_of_q8_0_needs_less_than_2_5_gigabytes(tmp_path):
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", tiny_hf.KINDS)
 def test_types_of_real_files_assistants_too_are_llama_cpps(tmp_path, kind):
-    pytest.importorskip("llama_cpp")
+    needs_llama_cpp()
     from gemma4q.convert.convert import planned as converted
 
     with converted(tiny_hf.make(kind, tmp_path / "hf"), tmp_path / "m.gguf", "auto") as conversion:
         conversion.write()
     job = {"path": str(tmp_path / "m.gguf"), "importance": False, "patterns": []}
     numbers = {name: m.file_type for name, m in MIXTURES.items() if m.file_type is not None}
-    found = oracle.ask(sys.executable, [job | {"file_type": n, "options": {}} for n in numbers.values()])
+    found = oracle.ask(PYTHON, [job | {"file_type": n, "options": {}} for n in numbers.values()])
     for name, types in zip(numbers, found, strict=True):
         plan = planned(tmp_path / "m.gguf", None, mixture(name))
         assert {c.tensor.name: type_name(c.type) for c in plan.changes} == types, name
@@ -242,10 +243,10 @@ def test_types_of_real_files_assistants_too_are_llama_cpps(tmp_path, kind):
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_a_whole_file_has_llama_cpps_bytes_and_keys(halves, tmp_path, name):
-    pytest.importorskip("llama_cpp")
+    needs_llama_cpp()
     for model in ("tiny", "tiny-moe"):
         source = halves / f"{model}-F16.gguf"
-        peer = open_gguf(theirs(sys.executable, source, tmp_path / "peer.gguf", name))
+        peer = open_gguf(theirs(PYTHON, source, tmp_path / "peer.gguf", name))
         ours = written(source, tmp_path / "ours.gguf", name)
         assert {k: str(v) for k, v in ours.metadata.items()} == {k: str(v) for k, v in peer.metadata.items()}
         assert ours.types == peer.types
