@@ -6,14 +6,14 @@ is no distance from itself.
 GEMMA4Q_PEER_PYTHON is an interpreter with llama-cpp-python, if it is not the one that runs the tests.
 """
 
-import os
 import sys
 from itertools import combinations
-from math import log, sqrt
+from math import inf, sqrt
 from pathlib import Path
 
 import numpy as np
 import pytest
+from peer import PYTHON, needs_llama_cpp
 from quantized import measured
 
 from gemma4q import load
@@ -34,7 +34,6 @@ from plot_types import draw, fill, read
 from tiny_measures import JUDGED, original, scores, talks, write_csv
 from type_trials import IN_BLOCKS, PURE, Judge, Trial, all_trials, ratio, row, shaken, together, verdict
 
-PYTHON = os.environ.get("GEMMA4Q_PEER_PYTHON", sys.executable)
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
@@ -84,11 +83,12 @@ def test_texts_of_several_draws_count_each_for_itself():
     assert together([None, None]) is None
 
 
-def test_the_ratio_of_files_is_their_geometric_mean_and_files_of_the_same_bytes_count_for_nothing():
-    rows = [{"divergence": a, "theirs divergence": b, "differ": d} for a, b, d in ((1, 2, 3), (4, 2, 3), (9, 9, 0))]
-    found = ratio(rows)
-    assert found.value == pytest.approx(1)
-    assert log(found.high) == pytest.approx(12.71 * log(2))  # Student's t of 1 degree of freedom
+def test_the_ratio_of_files_is_their_median_and_files_of_the_same_bytes_count_for_nothing():
+    rows = [{"divergence": n, "theirs divergence": 2, "differ": 3} for n in (7, 1, 5, 2, 900, 4)]
+    same = {"divergence": 9, "theirs divergence": 9, "differ": 0}
+    assert ratio([*rows, same]) == (2.25, 0.5, 450), "of six values all lie on one side one time in 32"
+    assert ratio(rows[:5]) == (2.5, 0, inf), "of five one time in 16, which is too often"
+    assert ratio(rows + rows + rows[:1]) == (2.5, 1, 3.5), "of thirteen two on a side lie outside"
 
 
 def test_a_file_is_no_distance_from_itself_and_files_of_the_same_weights_are_read_once(source, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_picture_is_drawn_from_the_numbers_that_are_kept(source, tmp_path):
 @pytest.mark.peers
 def test_llama_cpps_files_are_those_that_were_asked_for(source, tmp_path):
     """--pure and types by tensor; Q4_0 without importance is ours, byte for byte, and with importance is another."""
-    pytest.importorskip("llama_cpp") if sys.executable == PYTHON else None
+    needs_llama_cpp()
     exact = open_gguf(source)
     matrices = [t.name for t in exact.tensors.values() if is_rounded(t.name, t.shape)]
     pure = open_gguf(theirs(PYTHON, source, tmp_path / "pure.gguf", "Q4_0", pure=True))
