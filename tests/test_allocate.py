@@ -162,7 +162,7 @@ def test_a_choice_gets_as_good_as_if_every_harm_were_known(half, lost):
     options = {n: [Option(t, size_of(tensors[n], t), harm) for t, harm in types.items()] for n, types in true.items()}
     known = sum(option.harm for option in choose(options, budget - others).values())
     of_blind, of_found = (sum(true[name][each.types[name]] for name in lost) for each in (blind, found))
-    assert known < 0.8 * of_blind and of_found < known + 0.1 * (of_blind - known)
+    assert known < 0.8 * of_blind and of_found < known + 0.08 * (of_blind - known)
     assert found.of_foretold > found.of_noise and found.nbytes <= budget
 
 
@@ -171,9 +171,10 @@ def test_another_ones_choice_stays_where_it_is_measured_to_be_best(half, lost):
     budget = int(0.36 * sum(t.nbytes for t in tensors.values()))
     theirs = {name: min(types, key=lambda type: size_of(tensors[name], type)) for name, types in lost.items()}
     theirs = {name: type for name, type in theirs.items() if len(lost[name]) > 1}
+    left = {name: tensor.type for name, tensor in tensors.items()}
 
     def measure(types):
-        return 0.001 if all(types[name] == type for name, type in theirs.items()) else 1.0
+        return 0.001 if types == left | theirs else 1.0
 
     found = allocate(tensors, lost, {}, budget, measure, {"theirs": theirs})
     assert {name: found.types[name] for name in theirs} == theirs

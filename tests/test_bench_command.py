@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from peer import PYTHON, needs_llama_cpp
 from terminal import GEMMA4Q
 from test_bench import ERROR_LINE, GOLDEN, TOY, bench
 
@@ -177,12 +178,13 @@ def test_a_peer_that_is_not_installed_is_one_line():
 
 @pytest.mark.peers
 def test_llama_cpp_is_measured_in_pairs():
-    pytest.importorskip("llama_cpp")
-    done = bench(TOY, "--vs", "llama.cpp", "-p", "32", "-n", "4", "-r", "2", "--busy", "0", "-o", "json")
+    needs_llama_cpp()
+    peer = ("--vs", "llama.cpp", "--peer-python", PYTHON)
+    done = bench(TOY, *peer, "-p", "32", "-n", "4", "-r", "2", "--busy", "0", "-o", "json")
     rows = json.loads(done.stdout)["rows"]
     assert [row["test"] for row in rows] == ["pp32", "tg4"] and all(row["pairs"] == 2 for row in rows)
     assert all(row["least"] <= row["ratio"] <= row["most"] for row in rows)
-    below = bench(TOY, "--vs", "llama.cpp", "-p", "32", "-n", "0", "-r", "1", "--busy", "0").stdout
+    below = bench(TOY, *peer, "-p", "32", "-n", "0", "-r", "1", "--busy", "0").stdout
     assert re.search(r"^llama.cpp: llama-cpp-python [0-9.]+, [0-9]+ threads: CPU : .*AVX", below, re.MULTILINE)
 
 

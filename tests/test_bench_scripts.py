@@ -48,10 +48,13 @@ def keys_and_values(end: int) -> int:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory) -> list[dict]:
-    """A prompt of 200 in steps of 64, four tokens generated at 0, 64 and 200."""
+    """A prompt of 200 in steps of 64, four tokens generated at 0, 64 and 200.
+
+    By one thread: of two, the one that is timed may find an op done already, beside other work.
+    """
     path = tmp_path_factory.mktemp("depth") / "new/depth.csv"
     with pytest.MonkeyPatch.context() as patch:
-        run(depth, patch, TINY, "-d", "64,200", "-b", 64, "-n", 4, "-r", 2, "--csv", path)
+        run(depth, patch, TINY, "-t", 1, "-d", "64,200", "-b", 64, "-n", 4, "-r", 2, "--csv", path)
     return table(path)
 
 
@@ -73,8 +76,7 @@ def test_the_parts_of_a_step_are_its_time_and_a_roof_is_bytes_by_speed(deep):
         parts = [float(row[part]) for part in depth.PARTS]
         assert sum(parts) == pytest.approx(float(row["milliseconds"]), abs=0.003) and min(parts) >= 0
         assert bool(row["roof_ms"]) == (row["kind"] == "decode")
-    prompts = [row for row in deep if int(row["rows"]) == 64]  # beside other work one may find an op done already
-    assert all(max(float(row[part]) for row in prompts) > 0 for part in depth.PARTS)
+    assert all(float(row[part]) > 0 for row in deep if int(row["rows"]) == 64 for part in depth.PARTS)
     for row in (row for row in deep if row["kind"] == "decode"):
         bytes = int(row["weight_bytes"]) + int(row["kv_bytes"])
         between = [bytes / (float(row["read_gb_s"]) + off) / 1e6 for off in (0.001, -0.001)]

@@ -12,7 +12,7 @@ from gguf import quants as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from peer import PYTHON
+from peer import PYTHON, needs_llama_cpp
 
 from gemma4q import abi
 from gemma4q.abi import BLOCKS, TensorType, address, ffi, lib, row_bytes
@@ -239,7 +239,10 @@ def test_floats_go_through(encoder):
 @pytest.fixture(scope="module")
 def ggml():
     """ggml_quantize_chunk(type, x, importance) -> bytes."""
-    return quantiser(PYTHON) or pytest.skip("no llama-cpp-python is here")
+    needs_llama_cpp()
+    found = quantiser(PYTHON)
+    assert found, f"{PYTHON} has no llama-cpp-python"
+    return found
 
 
 def trained() -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ def choose(
         def told(measured: int) -> None:
             advance(min(time.monotonic() - started, seconds), seconds)
 
-        with Divergence(plan, texts or CALIBRATION, seconds, threads, told) as measure:
+        with Divergence(plan, texts or CALIBRATION, seconds, count, told) as measure:
             try:
                 return wanted.choose(lost, measure)
             except Gemma4qError as error:
