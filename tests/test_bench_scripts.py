@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peer import PYTHON, needs_llama_cpp
 
 from gemma4q import abi
 from gemma4q.gguf.reader import open_gguf
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import depth
+import ggml_matmul
 import harness
 import kernels
 import roofline
@@ -235,3 +237,25 @@ def test_a_read_covers_what_rows_are_multiplied_with_and_no_far_away_rest():
         assert any(start <= first and first + data.nbytes <= start + size for start, size in driver.spans)
     assert driver.read() > 1e8
     driver.model.close()
+
+
+# -- ggml_matmul.py ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_ggml_is_one_line(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=rf"^error: not_found: {tmp_path}/libggml-base.so: .*$"):
+        run(ggml_matmul, monkeypatch, tmp_path)
+
+
+@pytest.mark.peers
+def test_ggmls_product_is_the_same_and_is_timed_beside_ours(monkeypatch, capsys):
+    needs_llama_cpp()
+    (folder,) = Path(PYTHON).parents[1].glob("lib/python*/site-packages/llama_cpp/lib")
+    monkeypatch.setattr(ggml_matmul, "BUSY", 0)
+    shape = ("--rows", 32, "--cols", 512, "--out", 256, "-r", 2)
+    run(ggml_matmul, monkeypatch, folder, "--formats", "q4_0", "q8_0", "--plain", *shape)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["q4_0", "q8_0"] and all(line.endswith("2 pairs") for line in lines)
+    monkeypatch.setattr(ggml_matmul, "WRONG", 0)
+    with pytest.raises(SystemExit, match=r"^error: bad_numeric: ggml's product of Q4_0 is another one"):
+        run(ggml_matmul, monkeypatch, folder, "--formats", "q4_0", "--plain", *shape)
